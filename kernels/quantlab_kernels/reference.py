@@ -1,0 +1,67 @@
+"""The reference: dequantize, then multiply, in plain torch on any device. Faster kernels must agree with it."""
+
+from __future__ import annotations
+
+import torch
+
+from quantlab_kernels.packing import unpack
+
+
+def decode(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Weights from codes: ``(table[code] - zero) * scale``, computed in float32 and rounded once to ``dtype``.
+
+    Args:
+        codes: uint8 ``[out, in]``, indices into ``table``.
+        scales: ``[out, groups]``, ``[out, 1]`` or ``[1, 1]``; a group is ``in / groups`` neighbouring inputs.
+        zeros: like ``scales``, in units of the table, or None.
+        table: ``[<= 256]`` values.
+        dtype: of the result.
+
+    Returns:
+        ``[out, in]``.
+    """
+    groups = scales.shape[1]
+    values = table.float()[codes.int()].unflatten(1, (groups, -1))
+    if zeros is not None:
+        values = values - zeros.float().unsqueeze(-1)
+    return (values * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` with W given by packed codes.
+
+    Args:
+        x: ``[..., in]``, float16, bfloat16 or float32.
+        packed: uint8 ``[out, packed_width(in, bits)]``, see :mod:`quantlab_kernels.packing`.
+        scales: see :func:`decode`.
+        zeros: see :func:`decode`.
+        table: see :func:`decode`.
+        bits: width of a code.
+        bias: ``[out]`` or None.
+        low_rank: ``(A [out, rank], B [rank, in])``: adds ``x @ B.T @ A.T``.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+    """
+    codes = unpack(packed, bits, x.shape[-1])
+    weight = decode(codes, scales, zeros, table, x.dtype)
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if low_rank is not None:
+        left, right = low_rank
+        y = y + (x @ right.to(x.dtype).T) @ left.to(x.dtype).T
+    return y

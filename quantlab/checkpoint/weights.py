@@ -1,0 +1,241 @@
+"""The weights of a Hugging Face folder, one tensor at a time: the files, and transformers' way from file to model.
+
+Checkpoints do not always hold a model's tensors as the model has them: transformers renames keys, stacks experts,
+splits fused projections. :class:`WeightPlan` asks transformers once which keys of the files make which tensors of
+the model, so that any of them can be had later by reading just those keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from quantlab.checkpoint.writer import read_header
+from quantlab.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: what its header says."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """The tensors in the weight files of a folder, by their names there; nothing is read before it is asked for.
+
+    Raises:
+        CheckpointError: no weights, a shard is missing, or a file is cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = _weight_files(folder)
+        self.stored: dict[str, StoredTensor] = {}
+        self._open: dict[Path, Any] = {}
+        for file in self.files:
+            self.stored |= _bin_entries(self._opened(file), file) if file.suffix == ".bin" else _entries(file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, on the CPU; its memory is the file's, mapped privately."""
+        file = self.stored[name].file
+        opened = self._opened(file)
+        return opened[name] if file.suffix == ".bin" else opened.get_tensor(name)
+
+    def _opened(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = _load_bin(file) if file.suffix == ".bin" else safe_open(file, framework="pt")
+        return self._open[file]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in (_SAFETENSORS, _BIN):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: not a readable index ({error})") from error
+            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise CheckpointError(
+                    f"{folder}: {index.name} names files that are not there: {', '.join(missing)}"
+                )
+            return [folder / shard for shard in shards]
+    raise CheckpointError(
+        f"{folder}: has no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json with its shards (or {_BIN})"
+    )
+
+
+def _entries(file: Path) -> dict[str, StoredTensor]:
+    entries = {}
+    for name, entry in read_header(file).items():
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(
+                f"{file}: {name} has the dtype {entry['dtype']}, which quantlab does not read"
+            )
+        entries[name] = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return entries
+
+
+def _bin_entries(state: Mapping[str, Any], file: Path) -> dict[str, StoredTensor]:
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    return {name: StoredTensor(file, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _load_bin(file: Path) -> dict[str, Any]:
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each have their own
+        raise CheckpointError(f"{file}: cannot be read as plain tensors ({error})") from error
+
+
+@dataclass
+class _Recipe:
+    """How one or several tensors of the model are made: keys of the files, and transformers' conversion or None."""
+
+    first: str
+    converter: WeightConverter | None
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (pattern, key)
+
+
+class WeightPlan:
+    """Which keys of the files make which tensors of a model.
+
+    Args:
+        model: on the meta device, as transformers builds it.
+        files: the weights.
+        dtype: in which the model is to be.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> None:
+        self.model = model
+        self.files = files
+        self.targets: dict[str, torch.Tensor] = dict(model.state_dict())
+        self._dtypes = _target_dtypes(model, self.targets, dtype)
+        self._recipes = self._planned()
+
+    def __contains__(self, target: str) -> bool:
+        return target in self._recipes
+
+    def read(self, target: str) -> dict[str, torch.Tensor]:
+        """The tensor ``target`` of the model, and those that are made together with it.
+
+        Raises:
+            CheckpointError: the files' tensors cannot be converted, or have another shape than the model's.
+        """
+        recipe = self._recipes[target]
+        if recipe.converter is None:
+            made = {target: self._source(recipe.sources[0][1], target).clone()}
+        else:
+            made = self._converted(recipe, recipe.converter)
+        for name, value in made.items():
+            self._check_shape(name, tuple(value.shape))
+        return made
+
+    def _converted(self, recipe: _Recipe, template: WeightConverter) -> dict[str, torch.Tensor]:
+        converter = deepcopy(template)
+        for pattern, key in recipe.sources:
+            converter.add_tensor(recipe.first, key, pattern, partial(self._source, key, recipe.first))
+        try:
+            made = converter.convert(recipe.first, model=self.model, config=self.model.config)
+        except Exception as error:  # whatever transformers' operations raise on tensors that do not fit
+            keys = ", ".join(key for _, key in recipe.sources[:4])
+            raise CheckpointError(f"{recipe.first}: cannot be made from {keys}, ... ({error})") from error
+        plain = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        # What an operation only cut out of a file is still the file's memory.
+        return {name: value.clone() if _is_view(value) else value for name, value in plain.items()}
+
+    def _source(self, key: str, target: str) -> torch.Tensor:
+        """In the target's dtype; the memory may be the file's."""
+        return self.files.read(key).to(self._dtypes[target])
+
+    def _planned(self) -> dict[str, _Recipe]:
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self.model.base_model_prefix
+        recipes: dict[str, _Recipe] = {}
+        for key in sorted(self.files.stored, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, self.targets)
+            if target not in self.targets and key in self.targets:
+                target, pattern = rename_source_key(key, [], [], prefix, self.targets)
+            if target not in self.targets:
+                continue  # the model has no such tensor; transformers ignores it too
+            converter = by_pattern[pattern] if pattern is not None else None
+            recipe = recipes.setdefault(target, _Recipe(target, converter))
+            recipe.sources.append((pattern or key, key))
+            if converter is None:
+                self._check_shape(target, self.files.stored[key].shape)
+        for recipe in list(recipes.values()):
+            if recipe.converter is not None:  # one recipe may make several tensors
+                names = recipe.converter.target_patterns
+                recipes |= {recipe.first.replace(names[0], name): recipe for name in names}
+        return recipes
+
+    def _check_shape(self, target: str, shape: tuple[int, ...]) -> None:
+        expected = tuple(self.targets[target].shape) if target in self.targets else shape
+        if shape != expected:
+            raise CheckpointError(
+                f"{target}: the weights have shape {list(shape)}, config.json makes a model with {list(expected)}; "
+                "they do not belong together"
+            )
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _target_dtypes(
+    model: PreTrainedModel, targets: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """The dtype that from_pretrained gives each tensor: some modules of some models insist on float32."""
+    kept = model._get_dtype_plan(dtype)
+    if not kept:
+        return {name: tensor.dtype for name, tensor in targets.items()}
+    pattern, by_group, _ = build_glob_alternation(list(kept))
+    dtypes = {}
+    for name, tensor in targets.items():
+        match = re.search(pattern, name)
+        dtypes[name] = tensor.dtype if match is None else kept[by_group[str(match.lastgroup)]]
+    return dtypes

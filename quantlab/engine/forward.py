@@ -1,0 +1,107 @@
+"""Forwards that stop: the model's own forward pass, suspended at the layers that are about to be quantized.
+
+To quantize a layer one needs its inputs as they come out of everything that was quantized before it. The obvious
+way runs the block again for each group of layers, or settles for inputs from the unquantized block. Here every batch is
+one coroutine that runs *the model's own forward*; a hook on a layer suspends it there, holding the layer's input. When
+all batches have arrived, the layer is solved, its weight replaced, and the batches go on from where they stood. So each
+linear layer runs exactly once a batch, every layer sees inputs from quantized predecessors (GPTQ's "true sequential"),
+and no code here knows what lies between two layers: masks, rotary embeddings, residuals, parallel attention, experts.
+
+While suspended, a batch keeps what its own frames still need: the residual stream and the layer's input. Gradients are
+switched off by whoever runs forwards, around all of them: the switch is the thread's, not the coroutine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+
+class Forward(greenlet):
+    """One batch on its way through the model.
+
+    Attributes:
+        at: the name of the module that it stands before, or None before the start and after the end.
+        input: the first argument of that module's call.
+        stops: names of modules before which it stands still.
+    """
+
+    def __init__(self, model: nn.Module, batch: torch.Tensor, stops: Container[str]) -> None:
+        """Prepare, but do not start, a forward of ``batch`` (token ids int64 ``[sequences, length]``)."""
+        super().__init__(self._forward)
+        self.model = model
+        self.batch = batch
+        self.stops = stops
+        self.at: str | None = None
+        self.input: torch.Tensor | None = None
+        self.log: list[tuple[str, torch.Tensor]] | None = None
+
+    def _forward(self) -> None:
+        self.model(input_ids=self.batch, **_without_cache(self.model))
+
+    def advance(self) -> None:
+        """Run to the next stop, or to the end."""
+        self.at, self.input = None, None
+        self.parent = getcurrent()
+        self.switch()
+
+    def cancel(self) -> None:
+        """Give up the rest of the way and everything that it holds."""
+        if self and not self.dead:
+            self.parent = getcurrent()
+            self.throw(GreenletExit)
+        self.at, self.input = None, None
+
+    def arrive(self, name: str, x: torch.Tensor) -> None:
+        """Called by a hook before the module ``name`` runs on ``x``."""
+        if self.log is not None:
+            self.log.append((name, x))
+        if name in self.stops:
+            self.at, self.input = name, x
+            assert self.parent is not None
+            self.parent.switch()
+
+
+@contextmanager
+def watched(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Hooks on the modules called ``names``: a :class:`Forward` that reaches one of them may stop there."""
+
+    def hook(name: str) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            current = getcurrent()
+            if isinstance(current, Forward):
+                current.arrive(name, args[0] if args else next(iter(kwargs.values())))
+
+        return before
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shared_inputs(log: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
+    """Group the layers of a log by the tensor that they were handed: q/k/v, gate/up, parallel attention and MLP.
+
+    Two layers share an input if they saw the same memory in the same shape. The log keeps its tensors alive, so an
+    address is not used twice.
+    """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    seen: set[str] = set()
+    for name, x in log:
+        if name not in seen:
+            groups.setdefault((x.data_ptr(), x.numel(), x.shape[-1]), []).append(name)
+            seen.add(name)
+    return list(groups.values())
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that keep a decoder from storing keys and values that nobody will read."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

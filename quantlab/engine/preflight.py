@@ -1,0 +1,145 @@
+"""Everything that can be refused before an hour is spent."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+from torch import nn
+
+from quantlab.engine.architecture import Architecture, features
+from quantlab.engine.solve import PlannedLayer, plan_layer
+from quantlab.errors import PreflightError, RecipeError
+from quantlab.quantizers import Statistic
+from quantlab.recipe import Recipe, matches
+
+_USUAL_GROUPS = (256, 128, 96, 64, 48, 32, 16)
+_GIB = 1 << 30
+
+
+def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[str, PlannedLayer]:
+    """What the recipe does with each layer; layers that stay as they are are left out.
+
+    The recipe's default is for the linear layers of the blocks. A layer outside (a head) is quantized only if a
+    pattern names it.
+
+    Raises:
+        RecipeError: a pattern that matches no layer, a method or option that does not exist.
+        PreflightError: a group size that does not divide a layer's inputs; a recipe that leaves nothing to do.
+    """
+    for pattern in recipe.layers:
+        if not any(matches(pattern, name) for name in architecture.all_layers):
+            raise RecipeError(_unmatched(pattern, architecture, model))
+    planned: dict[str, PlannedLayer] = {}
+    blocks = {name: block for block, names in architecture.layers.items() for name in names}
+    for name in architecture.all_layers:
+        named = any(matches(pattern, name) for pattern in recipe.layers)
+        scheme = recipe.scheme(name)
+        if not scheme.keeps and (name in blocks or named):
+            shape = features(model.get_submodule(name))
+            planned[name] = plan_layer(name, blocks.get(name, ""), shape, scheme)
+    if not planned:
+        raise PreflightError(
+            f"recipe {recipe.name!r} leaves every layer of the model as it is: nothing to quantize; set a format, "
+            "for example --set format=int4"
+        )
+    _check_groups(planned.values())
+    return planned
+
+
+def _check_groups(layers: Iterable[PlannedLayer]) -> None:
+    bad = [layer for layer in layers if _undivided(layer)]
+    if not bad:
+        return
+    layer = bad[0]
+    widths = {layer.shape[1] for layer in bad}
+    fitting = [str(g) for g in _USUAL_GROUPS if all(width % g == 0 for width in widths)]
+    others = f" (and {len(bad) - 1} more layers like it)" if len(bad) > 1 else ""
+    raise PreflightError(
+        f"{layer.name}: in_features {layer.shape[1]} is not divisible by group size {layer.scheme.granularity}{others}; "
+        f"use {', '.join([*fitting[:3], ''])}or 'channel', for example --set granularity={(fitting + ['channel'])[0]}, "
+        f"or a pattern for this layer under `layers:`"
+    )
+
+
+def _undivided(layer: PlannedLayer) -> bool:
+    granularity = layer.scheme.granularity
+    return isinstance(granularity, int) and layer.shape[1] % granularity != 0
+
+
+def _unmatched(pattern: str, architecture: Architecture, model: nn.Module) -> str:
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    if any(matches(pattern, name) for name in embeddings):
+        return f"layers[{pattern!r}] names an embedding; only linear layers can be quantized: remove the pattern"
+    # One representative of each family of layers: model.layers.*.mlp.down_proj
+    families = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in architecture.all_layers})
+    wanted = pattern.removeprefix("re:")
+    close = difflib.get_close_matches(wanted, families + architecture.all_layers, n=3, cutoff=0.5) or [
+        family
+        for family in families
+        if difflib.get_close_matches(wanted.strip("*.").split(".")[-1], family.split("."), n=1)
+    ]
+    hint = f"nearest are {', '.join(close[:3])}" if close else f"the model has {', '.join(families)}"
+    return f"layers[{pattern!r}] matches no linear layer of the model; {hint}"
+
+
+def check_resources(
+    plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int, out: Path
+) -> None:
+    """Refuse a run that memory or disk cannot hold.
+
+    Args:
+        plan: what will be done.
+        architecture: the model's parts.
+        model: its skeleton.
+        tokens: of the calibration data; 0 if no layer needs any.
+        out: where the result will be.
+
+    Raises:
+        PreflightError: says what is needed, what is there, and what takes less.
+    """
+    needed, available = peak_memory(plan, architecture, model, tokens), psutil.virtual_memory().available
+    if needed > available:
+        raise PreflightError(
+            f"the run needs about {needed / _GIB:.1f} GiB of memory and {available / _GIB:.1f} GiB are free; use fewer "
+            "calibration tokens, for example --set calibration.samples=16, or close other programs"
+        )
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    needed, free = result_size(plan, model), shutil.disk_usage(existing).free
+    if needed > free:
+        raise PreflightError(
+            f"{out}: the result takes about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on that disk; "
+            "free some space or choose another --out"
+        )
+
+
+def peak_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int) -> int:
+    """Bytes that a run holds at its peak, about, above what the libraries take."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        block = architecture.block_of(name) or ""
+        sizes[block] = sizes.get(block, 0) + parameter.numel() * parameter.element_size()
+    outside = sizes.pop("", 0)
+    twins = 2 if tokens and any(Statistic.SHIFT in layer.needs for layer in plan.values()) else 1
+    widest, narrowest = (pick(layer.shape[1] for layer in plan.values()) for pick in (max, min))
+    element = next(model.parameters()).element_size()
+    # A suspended batch holds the residual stream and the widest input; a solve holds some copies of its layer.
+    suspended = tokens * (widest + narrowest) * element
+    solving = 4 * (6 * max(layer.shape[0] * layer.shape[1] for layer in plan.values()) + (4 * widest**2 if tokens else 0))
+    return outside + twins * (max(sizes.values()) + suspended) + solving
+
+
+def result_size(plan: dict[str, PlannedLayer], model: nn.Module) -> int:
+    """Bytes on disk of the result, about: codes, two bytes a scale, and what stays as it is."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for name, layer in plan.items():
+        weights = layer.shape[0] * layer.shape[1]
+        grid, granularity = layer.scheme.grid, layer.scheme.granularity
+        assert grid is not None
+        scales = weights // granularity if isinstance(granularity, int) else layer.shape[0]
+        size += weights * grid.bits // 8 + 3 * scales - weights * model.get_submodule(name).weight.element_size()
+    return size

@@ -1,0 +1,163 @@
+"""The main job: a checkpoint and a recipe in, a smaller checkpoint out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from quantlab.checkpoint.native import quantization_config
+from quantlab.checkpoint.resolve import resolve
+from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
+from quantlab.engine import preflight
+from quantlab.engine.architecture import Architecture, describe
+from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
+from quantlab.engine.journal import Journal, partial_folder
+from quantlab.engine.loop import OUTSIDE, Run
+from quantlab.engine.progress import Progress, Silent, Start
+from quantlab.engine.report import LayerReport
+from quantlab.engine.solve import PlannedLayer
+from quantlab.errors import PreflightError
+from quantlab.recipe import Recipe, load_recipe
+
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantized checkpoint.
+
+    Attributes:
+        folder: where it is.
+        recipe: what was asked for.
+        reports: one a layer, in the order in which they were done.
+        calibration: how the calibration data came about; empty if none was needed.
+        bytes: of the folder's weights.
+        original_bytes: of the weights that it was made from.
+        seconds: that this run took.
+        resumed_blocks: blocks that an earlier, interrupted run had done.
+    """
+
+    folder: Path
+    recipe: Recipe
+    reports: tuple[LayerReport, ...]
+    calibration: dict[str, Any]
+    bytes: int
+    original_bytes: int
+    seconds: float
+    resumed_blocks: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight over all quantized layers, everything stored counted."""
+        weights = sum(report.shape[0] * report.shape[1] for report in self.reports)
+        return 8 * sum(report.bytes for report in self.reports) / weights
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "w4-gptq",
+    out: str | Path = "quantized",
+    *,
+    overrides: Iterable[str] = (),
+    calibration: CalibrationText | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> Result:
+    """Quantize a model by a recipe and write the result to a folder.
+
+    Interrupted and called again with the same arguments it goes on at the next block, and ends with the same bytes.
+
+    Args:
+        model: a local folder, a ``.gguf`` file, a Hugging Face id, ``demo``, or a model in memory.
+        recipe: a ready recipe's name, a YAML file, a mapping or a Recipe.
+        out: the folder to write; it must not exist, unless ``overwrite``.
+        overrides: ``key=value`` changes to the recipe.
+        calibration: documents, or token ids int64 ``[samples, length]``, instead of the recipe's source.
+        tokenizer: for a model in memory; otherwise the model's own is loaded.
+        progress: told what happens.
+        restart: throw away what an interrupted run left.
+        overwrite: replace a result that is already there.
+
+    Raises:
+        QuantlabError: names the layer or argument, the value and the remedy; before any work where that is possible.
+    """
+    progress = progress or Silent()
+    started = time.perf_counter()
+    out = Path(out)
+    chosen = load_recipe(recipe, overrides)
+    _check_out(out, overwrite)
+    source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    skeleton = source.skeleton()
+    architecture = describe(skeleton)
+    plan = preflight.plan(chosen, architecture, skeleton)
+    data = None
+    if any(layer.needs for layer in plan.values()):
+        if tokenizer is None and not _is_tokens(calibration):
+            tokenizer = source.tokenizer()
+        data = prepare(chosen.calibration, tokenizer, source.config, calibration)
+    preflight.check_resources(plan, architecture, skeleton, data.tokens.numel() if data else 0, out)
+
+    if restart:
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
+    journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
+    progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
+    batches = data.batches() if data else []
+    Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
+    _finish(journal, source, chosen)
+    result = Result(
+        folder=out,
+        recipe=chosen,
+        reports=tuple(journal.reports),
+        calibration=data.description if data else {},
+        bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        original_bytes=parameter_bytes(skeleton),
+        seconds=time.perf_counter() - started,
+        resumed_blocks=len(journal.resumed),
+    )
+    progress.finish()
+    return result
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise PreflightError(f"{out} is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        ours = (out / RECIPE).is_file()
+        if not ours:
+            raise PreflightError(f"{out} holds something that quantlab did not write; choose another --out")
+        if not overwrite:
+            raise PreflightError(f"{out} already holds a quantized model; choose another --out, or add --overwrite")
+
+
+def _is_tokens(calibration: CalibrationText | None) -> bool:
+    return calibration is not None and not isinstance(calibration, list | tuple)
+
+
+def _identity(source: ModelSource, recipe: Recipe, data: CalibrationData | None) -> dict[str, Any]:
+    """What the result's bytes depend on."""
+    return {
+        "quantlab": metadata.version("quantlab"),
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "model": source.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "calibration": data.description if data else {},
+    }
+
+
+def _finish(journal: Journal, source: ModelSource, recipe: Recipe) -> None:
+    (journal.folder / RECIPE).write_text(
+        yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    journal.writer.finish(source.config, quantization_config(journal.storages), source.folder)
+    journal.publish()

@@ -1,0 +1,27 @@
+"""What quantlab raises when it is asked for something it cannot do."""
+
+from __future__ import annotations
+
+
+class QuantlabError(Exception):
+    """Bad input, in one paragraph: it names the layer, the value and the remedy."""
+
+
+class RecipeError(QuantlabError):
+    """A recipe that cannot be read, or that does not fit the model."""
+
+
+class PreflightError(QuantlabError):
+    """Something that would have gone wrong later, refused before any work."""
+
+
+class CheckpointError(QuantlabError):
+    """A model folder or file that cannot be read or written."""
+
+
+class DataError(QuantlabError):
+    """Text that cannot be found, or that is too short."""
+
+
+class MissingStatistics(QuantlabError):
+    """A method was given a layer without the statistics that it declared to need."""

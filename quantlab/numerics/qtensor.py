@@ -1,0 +1,75 @@
+"""QTensor: a quantized weight, as a rounding method leaves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantlab.numerics.grid import Grid
+from quantlab_kernels import decode
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A correction that is added to the decoded weight: ``left [out, rank] @ right [rank, in]``."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A weight ``[out, in]`` as codes, scales and an optional zero: ``(grid[code] - zero) * scale``.
+
+    Attributes:
+        codes: uint8 ``[out, in]``, indices into the grid, unpacked.
+        scales: ``[out, groups]``, ``[out, 1]`` (per channel) or ``[1, 1]`` (per tensor), as stored.
+        zeros: like ``scales`` in units of the grid, or None (symmetric).
+        grid: what the codes mean.
+        low_rank: a low-rank correction, or None.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    grid: Grid
+    low_rank: LowRank | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``[out, in]`` that the codes stand for, with the low-rank correction added."""
+        table = self.grid.values.to(self.codes.device)
+        if self.low_rank is None:
+            return decode(self.codes, self.scales, self.zeros, table, dtype)
+        weight = decode(self.codes, self.scales, self.zeros, table)
+        return (weight + self.low_rank.left.float() @ self.low_rank.right.float()).to(dtype)
+
+    def stored_bits(self) -> int:
+        """Bits that are stored: packed codes, scales, zeros, the table, low-rank factors."""
+        rows, columns = self.shape
+        bits = rows * ((columns * self.grid.bits + 7) // 8) * 8
+        extra = [self.scales, self.zeros, self.grid.values]
+        if self.low_rank is not None:
+            extra += [self.low_rank.left, self.low_rank.right]
+        return bits + sum(8 * t.numel() * t.element_size() for t in extra if t is not None)
+
+    def bits_per_weight(self) -> float:
+        """Everything stored, divided by the number of weights."""
+        return self.stored_bits() / self.codes.numel()
+
+    def split(self, rows: list[int]) -> list[QTensor]:
+        """Cut along the outputs, undoing a concatenation of layers that were solved together.
+
+        Raises:
+            ValueError: the scale is shared by all rows, or the parts do not add up.
+        """
+        if self.scales.shape[0] != self.shape[0] or self.low_rank is not None:
+            raise ValueError("only a tensor whose rows have scales of their own can be cut")
+        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
+        parts = zip(self.codes.split(rows), self.scales.split(rows), zeros, strict=True)
+        return [QTensor(codes, scales, zero, self.grid) for codes, scales, zero in parts]

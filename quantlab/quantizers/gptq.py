@@ -1,0 +1,194 @@
+"""GPTQ: round column by column, and let the columns that are left make up for the error so far.
+
+Frantar et al., arXiv:2210.17323. Written in its LDLQ form (Chee et al., arXiv:2307.13304), which gives the same
+codes with one Cholesky factor and no inverse: with the damped second moment ``H = C C^T``, C upper triangular,
+the output error of ``E = W - Q`` splits into independent squares,
+
+    tr(E H E^T) = sum_k C_kk^2 |e_k + sum_{j<k} e_j M_jk|^2,    M_jk = C_jk / C_kk,
+
+so column k is rounded to the entry nearest to ``w_k + sum_{j<k} e_j M_jk``, and the sum of the squares that are left
+is the layer's exact output error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from quantlab.errors import RecipeError
+from quantlab.numerics import Granularity, QTensor, choose_scales
+from quantlab.quantizers.base import LayerProblem, Solution, Statistic, register, require
+from quantlab.quantizers.rtn import Rtn
+from quantlab.recipe import Scheme
+
+_ORDERS = ("activation", "group-aware", "natural")
+
+
+@register("gptq")
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ with act-order and static groups, searched scales and an optional target shift.
+
+    Attributes:
+        damping: added to the diagonal of the second moment, as a fraction of its mean; doubled until the
+            factorization succeeds.
+        order: in which order the inputs are rounded. ``activation``: by falling second moment, scales chosen
+            beforehand (static groups). ``group-aware`` (GAR, arXiv:2505.14638): falling inside each group and
+            group by group, so that a group's scale is chosen when its turn comes. ``natural``: as they stand.
+        asym: how far the target moves from ``W`` towards ``W E[x_o x^T] H^-1``, which reproduces the *original*
+            model's output from the quantized model's input: 0 (not at all) to 1.
+        block: columns between two updates of the rest (speed only; the codes do not depend on it).
+    """
+
+    damping: float = 0.01
+    order: str = "activation"
+    asym: float = 0.0
+    block: int = 64
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.order not in _ORDERS:
+            raise RecipeError(f"gptq: order {self.order!r}: use one of {', '.join(_ORDERS)}")
+        if not 0 < self.damping <= 1:
+            raise RecipeError(f"gptq: damping {self.damping!r}: use a fraction above 0 and at most 1")
+        if not 0 <= self.asym <= 1:
+            raise RecipeError(f"gptq: asym {self.asym!r}: use 0 to 1")
+        if type(self.block) is not int or self.block < 1:
+            raise RecipeError(f"gptq: block {self.block!r}: use a positive whole number")
+
+    def needs(self, scheme: Scheme) -> Statistic:  # noqa: ARG002
+        """The full second moment; the shift between original and quantized inputs if the target moves."""
+        return Statistic.SECOND_MOMENT | (Statistic.SHIFT if self.asym else Statistic.NONE)
+
+    def quantize(self, problem: LayerProblem, scheme: Scheme) -> Solution:
+        """Solve one layer; falls back to round-to-nearest, with a note, where no input was seen."""
+        statistics = require(problem, self.needs(scheme))
+        if statistics.tokens == 0:
+            solution = Rtn().quantize(problem, scheme)
+            return Solution(solution.qtensor, notes=("no calibration token reached it: rounded to nearest",))
+        assert statistics.second_moment is not None
+        diagonal = statistics.second_moment.diagonal()
+        order = column_order(diagonal, self.order, scheme.granularity)
+        factor, damping = factorize(statistics.second_moment[order][:, order], self.damping)
+
+        target = problem.weight.masked_fill(diagonal == 0, 0)  # an input that is never on: its weights are free
+        if self.asym:
+            assert statistics.shift is not None
+            step = (target @ statistics.shift)[:, order]  # W* - W = W E[(x_o - x) x^T] H^-1
+            step = torch.linalg.solve_triangular(factor.T, step, upper=False, left=False)
+            step = torch.linalg.solve_triangular(factor, step, upper=True, left=False)
+            target = target.index_add(1, order, step, alpha=self.asym)
+
+        qtensor, loss = self._round(target, factor, order, scheme, problem.importance(scheme))
+        error = target - qtensor.dequantize()
+        added = factor.square().sum(1) - diagonal[order]  # damping is part of the factor, not of the layer's error
+        loss -= error[:, order].square() @ added
+        notes = (f"damping raised to {damping:.3g}",) if damping > self.damping else ()
+        return Solution(qtensor, loss.clamp_(min=0), notes)
+
+    def _round(
+        self,
+        target: torch.Tensor,
+        factor: torch.Tensor,
+        order: torch.Tensor,
+        scheme: Scheme,
+        importance: torch.Tensor | None,
+    ) -> tuple[QTensor, torch.Tensor]:
+        """Codes for ``target [out, in]``, its columns taken in ``order``, and each output's damped loss.
+
+        Works on transposed copies: column k of the weight is row k here, contiguous.
+        """
+        grid = scheme.grid
+        assert grid is not None
+        rows, columns = target.shape
+        size = scheme.granularity if isinstance(scheme.granularity, int) else columns
+        dynamic = self.order != "activation" and isinstance(scheme.granularity, int)
+
+        def scales_of(part: torch.Tensor, granularity: Granularity, weights: torch.Tensor | None):  # noqa: ANN202
+            search = scheme.scale_search != "absmax"
+            return choose_scales(
+                part, grid, granularity, symmetric=scheme.symmetric, search=search, importance=weights,
+                dtype=scheme.scale_torch_dtype,
+            )  # fmt: skip
+
+        scales, zeros = scales_of(target, scheme.granularity, importance)
+        group_of = (order // size).tolist()
+        diagonal = factor.diagonal()
+        feedback = factor / diagonal  # M
+        goal = target.T[order].contiguous()
+        current = goal.clone()
+        codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
+        loss = torch.zeros(rows, device=target.device)
+        for start, stop in _spans(columns, size if dynamic else columns, self.block):
+            if dynamic and start % size == 0:
+                members = slice(start, start + size)
+                weights = None if importance is None else importance[order[members]]
+                g = group_of[start]
+                s, z = scales_of(current[members].T.contiguous(), "channel", weights)
+                scales[:, g : g + 1] = s
+                if z is not None and zeros is not None:
+                    zeros[:, g : g + 1] = z
+            span = current[start:stop]
+            step = scales.T[group_of[start:stop]].float()
+            shift = None if zeros is None else zeros.T[group_of[start:stop]].float()
+            values = torch.empty_like(span)
+            error = torch.empty_like(span)
+            for k in range(stop - start):
+                x = span[k] / step[k]
+                if shift is not None:
+                    x += shift[k]
+                values[k] = value = grid.round(x)
+                if shift is not None:
+                    value = value - shift[k]
+                torch.addcmul(goal[start + k], value, step[k], value=-1, out=error[k])
+                if k + 1 < stop - start:
+                    span[k + 1 :].addr_(feedback[start + k, start + k + 1 : stop], error[k])
+            codes[start:stop] = grid.nearest(values)
+            residual = span - goal[start:stop] + error
+            loss += diagonal[start:stop].square() @ residual.square_()
+            current[stop:].addmm_(feedback[start:stop, stop:].T, error)
+        out = torch.empty_like(codes)
+        out[order] = codes
+        return QTensor(out.T.contiguous(), scales, zeros, grid), loss
+
+
+def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Upper triangular ``C`` with ``C C^T = H + damping * mean(diag H) * I``, and the damping that it took.
+
+    Args:
+        moment: ``H``, float32 ``[n, n]``; an input that was never on has a zero row and column.
+        damping: where to start; doubled until the factorization succeeds.
+    """
+    diagonal = moment.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    while True:
+        damped = moment + torch.diag(torch.where(dead, mean, damping * mean))
+        # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and bool(lower.isfinite().all()):
+            return lower.flip(0, 1), damping
+        damping *= 2
+
+
+def column_order(diagonal: torch.Tensor, order: str, granularity: Granularity) -> torch.Tensor:
+    """The permutation in which columns are rounded: int64 ``[in]``. Ties keep their place."""
+    if order == "natural":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if order == "activation" or not isinstance(granularity, int):
+        return diagonal.argsort(descending=True, stable=True)
+    groups = diagonal.unflatten(0, (-1, granularity))
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    by_group = groups.amax(1).argsort(descending=True, stable=True)
+    return (inside + torch.arange(len(groups), device=diagonal.device)[:, None] * granularity)[by_group].flatten()
+
+
+def _spans(columns: int, size: int, block: int) -> Iterator[tuple[int, int]]:
+    """Cut ``columns`` into runs of at most ``block`` that do not cross a border between groups of ``size``."""
+    for group in range(0, columns, size):
+        for start in range(group, group + size, block):
+            yield start, min(start + block, group + size)

@@ -1,0 +1,38 @@
+"""Round to nearest: each weight gets the grid's closest entry, once the scale is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from quantlab.numerics import QTensor, apply_scales, choose_scales
+from quantlab.quantizers.base import LayerProblem, Solution, Statistic, register, require
+from quantlab.recipe import Scheme
+
+
+@register("rtn")
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest. Data-free, unless the scale search is weighted by the inputs' second moment."""
+
+    name: ClassVar[str]
+
+    def needs(self, scheme: Scheme) -> Statistic:
+        """The diagonal of the second moment, only to weight the scale search."""
+        return Statistic.DIAGONAL if scheme.scale_search == "second-moment" else Statistic.NONE
+
+    def quantize(self, problem: LayerProblem, scheme: Scheme) -> Solution:
+        """Choose scales for the weight as it stands, then round."""
+        require(problem, self.needs(scheme))
+        grid = scheme.grid
+        assert grid is not None, "layers that stay as they are never reach a quantizer"
+        scales, zeros = choose_scales(
+            problem.weight,
+            grid,
+            scheme.granularity,
+            symmetric=scheme.symmetric,
+            search=scheme.scale_search != "absmax",
+            importance=problem.importance(scheme),
+            dtype=scheme.scale_torch_dtype,
+        )
+        return Solution(QTensor(apply_scales(problem.weight, grid, scales, zeros), scales, zeros, grid))

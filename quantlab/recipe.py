@@ -1,0 +1,260 @@
+"""Recipes: what to do with each layer. YAML on disk, frozen dataclasses in memory.
+
+A recipe names one choice on each axis (format, quantizer, ...) for all layers, and lists exceptions by pattern.
+A mixed-precision plan is a recipe with one line a layer; nothing here treats it specially.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from quantlab.errors import RecipeError
+from quantlab.numerics import Granularity, Grid, grid
+
+_SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SEARCHES = ("absmax", "mse", "second-moment")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a recipe says of one layer, fully resolved.
+
+    Attributes:
+        format: a grid's name, or ``"none"``: the layer stays as it is.
+        granularity: a group size along the inputs, ``"channel"`` or ``"tensor"``: what shares a scale.
+        symmetric: no zero; the scale is signed and full-range.
+        scale_search: ``absmax``, ``mse`` (searched, all inputs alike) or ``second-moment`` (searched, inputs
+            weighted by their second moment).
+        scale_dtype: in which scales are stored: float32, float16 or bfloat16.
+        quantizer: the rounding method's name.
+        options: the rounding method's own options.
+    """
+
+    format: str = "int4"
+    granularity: Granularity = 64
+    symmetric: bool = True
+    scale_search: str = "second-moment"
+    scale_dtype: str = "bfloat16"
+    quantizer: str = "rtn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.grid  # noqa: B018 - an unknown format is refused here
+        bad_group = self.granularity not in ("channel", "tensor") and not (
+            type(self.granularity) is int and self.granularity > 0
+        )
+        if bad_group:
+            raise RecipeError(
+                f"granularity {self.granularity!r}: use a positive group size such as 64, 'channel' or 'tensor'"
+            )
+        _one_of("scale_search", self.scale_search, _SEARCHES)
+        _one_of("scale_dtype", self.scale_dtype, _SCALE_DTYPES)
+        if type(self.symmetric) is not bool:
+            raise RecipeError(f"symmetric {self.symmetric!r}: use true or false")
+        if not isinstance(self.options, Mapping):
+            raise RecipeError(f"options {self.options!r}: use a mapping of the quantizer's options")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the layer stays in its original precision."""
+        return self.format == "none"
+
+    @property
+    def grid(self) -> Grid | None:
+        """What codes mean; None where the layer stays as it is."""
+        return None if self.format == "none" else grid(self.format)
+
+    @property
+    def scale_torch_dtype(self) -> torch.dtype:
+        """``scale_dtype`` as torch knows it."""
+        return _SCALE_DTYPES[self.scale_dtype]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the layers see: ``samples`` sequences of ``length`` tokens, drawn with ``seed`` from ``source``."""
+
+    source: str = "builtin"
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+    bos: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise RecipeError(f"calibration.{name} {value!r}: use a whole number, at least {least}")
+        if self.bos not in ("auto", True, False):
+            raise RecipeError(f"calibration.bos {self.bos!r}: use auto, true or false")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A default scheme, exceptions by pattern (the last that matches wins), and the calibration data.
+
+    Patterns are globs over module names (``*.mlp.down_proj``), or regular expressions after ``re:``.
+    """
+
+    name: str = "custom"
+    description: str = ""
+    default: Scheme = field(default_factory=Scheme)
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def scheme(self, layer: str) -> Scheme:
+        """The scheme of the layer called ``layer``."""
+        scheme = self.default
+        for pattern, changes in self.layers.items():
+            if matches(pattern, layer):
+                scheme = _changed(scheme, changes, f"layers[{pattern!r}]")
+        return scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain mapping that :func:`from_dict` reads back."""
+        flat = {f.name: getattr(self.default, f.name) for f in fields(Scheme)}
+        return {
+            "name": self.name,
+            "description": self.description,
+            **(flat | {"options": dict(self.default.options)}),
+            "layers": {pattern: dict(changes) for pattern, changes in self.layers.items()},
+            "calibration": {f.name: getattr(self.calibration, f.name) for f in fields(Calibration)},
+        }
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob, or a regular expression after ``re:``, matches the whole of ``name``."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise RecipeError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def from_dict(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from a plain mapping; every key and value is checked.
+
+    Raises:
+        RecipeError: names the key, the value and what is allowed.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
+    scheme_keys = {f.name for f in fields(Scheme)}
+    own = {"name", "description", "layers", "calibration"}
+    _known(data, scheme_keys | own, "the recipe")
+    layers = data.get("layers") or {}
+    calibration = data.get("calibration") or {}
+    for key, value in (("layers", layers), ("calibration", calibration)):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{key}: expected a mapping, not {value!r}")
+    _known(calibration, {f.name for f in fields(Calibration)}, "calibration")
+    default = _changed(Scheme(), {k: v for k, v in data.items() if k in scheme_keys}, "the recipe")
+    for pattern, changes in layers.items():
+        if not isinstance(changes, Mapping):
+            raise RecipeError(f"layers[{pattern!r}]: expected a mapping such as {{format: int8}}, not {changes!r}")
+        matches(pattern, "")
+        _changed(default, changes, f"layers[{pattern!r}]")
+    return Recipe(
+        name=str(data.get("name", "custom")),
+        description=str(data.get("description", "")).strip(),
+        default=default,
+        layers=dict(layers),
+        calibration=Calibration(**calibration),
+    )
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe by its ready name, from a YAML file, a mapping or as it is, with ``key=value`` overrides applied.
+
+    An override's key may be dotted (``calibration.samples=128``, ``options.damping=0.05``); its value is YAML.
+
+    Raises:
+        RecipeError: no such recipe, unreadable YAML, or a key or value that is not allowed.
+    """
+    if isinstance(source, Recipe):
+        data: Any = source.to_dict()
+    elif isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        data = _parse(*_read(str(source)))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {override!r}: expected key=value, for example --set format=int3")
+        data = _assigned(data, key.strip().split("."), _parse(f"--set {override}", value))
+    return from_dict(data)
+
+
+def ready_recipes() -> dict[str, Recipe]:
+    """The recipes that ship with quantlab, by name."""
+    files = sorted(resources.files("quantlab_recipes").iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".yaml"): from_dict(_parse(file.name, file.read_text(encoding="utf-8")))
+        for file in files
+        if file.name.endswith(".yaml")
+    }
+
+
+def _read(source: str) -> tuple[str, str]:
+    if (path := Path(source)).is_file():
+        return source, path.read_text(encoding="utf-8")
+    ready = resources.files("quantlab_recipes") / f"{source}.yaml"
+    if "/" not in source and ready.is_file():
+        return source, ready.read_text(encoding="utf-8")
+    raise RecipeError(
+        f"recipe {source!r} is neither a file nor a ready recipe{_nearest(source, ready_recipes())}; "
+        f"ready are: {', '.join(ready_recipes())}"
+    )
+
+
+def _parse(where: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _assigned(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    inner = value if len(path) == 1 else _assigned(data.get(path[0]) or {}, path[1:], value)
+    return {**data, path[0]: inner}
+
+
+def _changed(scheme: Scheme, changes: Mapping[str, Any], where: str) -> Scheme:
+    _known(changes, {f.name for f in fields(Scheme)}, where)
+    values = dict(changes)
+    if "options" in values and values.get("quantizer", scheme.quantizer) == scheme.quantizer:
+        values["options"] = {**scheme.options, **(values["options"] or {})}
+    elif values.get("quantizer", scheme.quantizer) != scheme.quantizer:
+        values.setdefault("options", {})  # another method's options mean nothing to this one
+    try:
+        return replace(scheme, **values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _known(data: Mapping[str, Any], keys: set[str], where: str) -> None:
+    for key in data:
+        if key not in keys:
+            hint = _nearest(str(key), keys) or f"; allowed are {', '.join(sorted(keys))}"
+            raise RecipeError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{name} {value!r}: use one of {', '.join(allowed)}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,4 +1,4 @@
-"""The modules that run a quantized model: a linear layer of packed codes, and experts as ordinary linear layers."""
+"""The modules that run a quantized model: linear layers of packed codes, and experts as linear layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quantlab_kernels import pack, packed_width, quantized_linear, unpack
 from torch import nn
 
 from quantlab.errors import QuantlabError
+from quantlab.experts import UnfusedExperts, unfuse_experts
 from quantlab.numerics import Grid, LowRank, QTensor
-from quantlab_kernels import pack, packed_width, quantized_linear, unpack
+
+__all__ = ["QuantLinear", "Storage", "UnfusedExperts", "packed_tensors", "unfuse_experts", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,11 @@ def unpacked(tensors: Mapping[str, torch.Tensor], storage: Storage) -> QTensor:
 class QuantLinear(nn.Module):
     """A linear layer whose weight is a :class:`QTensor`, stored as packed codes.
 
-    The buffers keep their dtypes: ``.to(dtype)``, ``.half()`` and their like change where the layer lives and the
-    dtype of its bias, never the numbers that the weight is made of. The layer computes in the dtype of its input.
+    It computes in the dtype of its input. The buffers keep their dtypes: ``.to(dtype)``, ``.half()`` and
+    their like change where the layer lives and the dtype of its bias, never the numbers that the weight
+    is made of.
 
-    Made from a :class:`Storage` alone the buffers are empty, on the current default device (which may be meta).
+    Made from a :class:`Storage` alone its buffers are empty, on the default device (which may be meta).
 
     Attributes:
         storage: how the weight is stored.
@@ -162,6 +166,7 @@ class QuantLinear(nn.Module):
     codes: torch.Tensor
     scales: torch.Tensor
     table: torch.Tensor
+    bias: nn.Parameter | None
     zeros: torch.Tensor | None
     low_rank_left: torch.Tensor | None
     low_rank_right: torch.Tensor | None
@@ -208,7 +213,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight ``[out, in]``, decoded anew at every access: for model code that looks at its layers' weights."""
+        """The weight ``[out, in]``, decoded anew at every access, for model code that looks at weights."""
         return self.to_qtensor().dequantize(self.dtype)
 
     def to_qtensor(self) -> QTensor:
@@ -228,9 +233,9 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        storage = self.storage
-        groups = "x".join(map(str, storage.scale_shape))
-        return f"in_features={storage.in_features}, out_features={storage.out_features}, {storage.format}, scales={groups}"
+        scales = "x".join(map(str, self.storage.scale_shape))
+        features = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{features}, format={self.storage.format}, scales={scales}, bias={self.storage.bias}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         before = dict(self._buffers)
@@ -241,120 +246,6 @@ class QuantLinear(nn.Module):
             if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         return self
-
-
-class UnfusedExperts(nn.Module):
-    """The experts of a mixture as linear layers of their own, for hooks, statistics and quantization.
-
-    transformers keeps all experts of a layer in two 3-D parameters. Here expert ``e`` is the child ``"e"`` with the
-    children ``gate_up_proj`` (``up_proj`` where there is no gate) and ``down_proj``. The forward pass is the eager
-    loop of transformers' experts classes; an expert that no token is routed to is not called.
-    """
-
-    num_experts: int
-
-    @staticmethod
-    def is_fused(module: nn.Module) -> bool:
-        """Whether ``module`` keeps several experts' matrices in 3-D parameters."""
-        parameters = module._parameters
-        up = parameters.get("gate_up_proj", parameters.get("up_proj"))
-        down = parameters.get("down_proj")
-        return up is not None and down is not None and up.ndim == 3 and down.ndim == 3
-
-    @classmethod
-    def from_fused(cls, fused: nn.Module) -> UnfusedExperts:
-        """The same experts, their weights views of the fused parameters (or on the meta device).
-
-        Raises:
-            QuantlabError: the module is not one of those that share transformers' experts interface, or it has
-                parameters that the interface does not know.
-        """
-        up_name = _checked_up_name(fused)
-        experts = cls()
-        for name, value in vars(fused).items():  # the numbers and functions that its gate reads
-            if not name.startswith("_") and name not in vars(experts):
-                setattr(experts, name, value)
-        experts.up_name = up_name
-        experts.apply_gate = type(fused)._apply_gate if up_name == "gate_up_proj" else _activate  # type: ignore[attr-defined]
-        for name, child in fused.named_children():
-            experts.add_module(name, child)
-        experts.num_experts = len(fused._parameters["down_proj"])  # type: ignore[arg-type]
-        for e in range(experts.num_experts):
-            expert = nn.Module()
-            for name in (up_name, "down_proj"):
-                expert.add_module(name, _expert_linear(fused, name, e))
-            experts.add_module(str(e), expert)
-        return experts.train(fused.training)
-
-    @staticmethod
-    def origin(name: str) -> tuple[str, int] | None:
-        """Where the parameter ``name`` (relative to the experts) lies in the fused module: its name and index."""
-        expert, _, rest = name.partition(".")
-        if not expert.isdigit():
-            return None
-        proj, _, leaf = rest.rpartition(".")
-        return (f"{proj}_bias" if leaf == "bias" else proj), int(expert)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """``[tokens, hidden]`` with the experts ``[tokens, k]`` of each token and their weights, to ``[tokens, hidden]``."""
-        result = torch.zeros_like(hidden_states)
-        with torch.no_grad():
-            chosen = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1).permute(2, 1, 0)
-            hit = chosen.sum(dim=(-1, -2)).nonzero().flatten().tolist()
-        for e in hit:
-            if e == self.num_experts:  # transformers' mark for a slot that is not used
-                continue
-            position, token = torch.where(chosen[e])
-            expert = self.get_submodule(str(e))
-            up = getattr(expert, self.up_name)(hidden_states[token])
-            out = expert.down_proj(self.apply_gate(self, up))
-            if self.has_post_expert_norm:
-                out = self.post_expert_norm(out)
-            out = out * top_k_weights[token, position, None]
-            result.index_add_(0, token, out.to(result.dtype))
-        return result
-
-
-def _activate(experts: UnfusedExperts, up: torch.Tensor) -> torch.Tensor:
-    return experts.act_fn(up)
-
-
-def _checked_up_name(fused: nn.Module) -> str:
-    kind = type(fused).__name__
-    if not hasattr(fused, "has_gate") or not hasattr(type(fused), "_apply_gate"):
-        raise QuantlabError(
-            f"{kind}: its fused experts do not follow transformers' experts interface; quantlab cannot take them apart"
-        )
-    up_name = "gate_up_proj" if fused.has_gate else "up_proj"
-    known = {up_name, "down_proj"} | ({f"{up_name}_bias", "down_proj_bias"} if fused.has_bias else set())
-    if unknown := set(fused._parameters) ^ known:
-        raise QuantlabError(
-            f"{kind}: quantlab does not know the parameters {sorted(unknown)} of these fused experts"
-        )
-    return up_name
-
-
-def _expert_linear(fused: nn.Module, name: str, e: int) -> nn.Linear:
-    weight = fused._parameters[name][e]  # type: ignore[index]
-    if fused.is_transposed:
-        weight = weight.T
-    bias = fused._parameters[f"{name}_bias"][e] if fused.has_bias else None  # type: ignore[index]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
-def unfuse_experts(model: nn.Module) -> list[str]:
-    """Replace every module of fused experts in ``model`` by :class:`UnfusedExperts`; return their names."""
-    names = [name for name, module in model.named_modules() if UnfusedExperts.is_fused(module)]
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, UnfusedExperts.from_fused(model.get_submodule(name)))
-    return names
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -1,8 +1,8 @@
 """quantlab's own checkpoint format: what a layer's tensors are called, and how config.json describes them.
 
-A quantized layer ``name`` is stored as ``name.codes`` (packed), ``name.scales``, ``name.table`` and, where it has
-them, ``name.zeros``, ``name.low_rank_left``, ``name.low_rank_right`` and ``name.bias``. Names are those of the modules of the model
-as transformers builds it, with the experts of a mixture taken apart; no key is ever renamed.
+A quantized layer ``name`` is stored as ``name.codes`` (packed), ``name.scales``, ``name.table`` and, where
+it has them, ``name.zeros``, ``name.low_rank_left``, ``name.low_rank_right`` and ``name.bias``. Names are the
+model's own, as transformers builds it, but for a mixture's experts, which are apart; no key is ever renamed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def read_layer(tensors: Mapping[str, torch.Tensor], name: str, storage: Storage)
     """Undo :func:`layer_tensors`.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape or dtype than ``storage`` says, or holds codes or a
-            table that cannot be right.
+        CheckpointError: a tensor is missing, has another shape or dtype than ``storage`` says, or holds codes
+            or a table that cannot be right.
     """
     stored = {}
     for key, (shape, dtype) in storage.specs().items():
@@ -67,13 +67,13 @@ def check_table(name: str, storage: Storage, table: torch.Tensor) -> None:
         return  # a format with a table of its own
     if known.bits != storage.bits or not torch.equal(known.values, table.cpu()):
         raise CheckpointError(
-            f"{name}.table: the checkpoint's table for {storage.format} is not quantlab's; the file is damaged, or a "
-            "quantlab that means something else by this name wrote it"
+            f"{name}.table: the checkpoint's table for {storage.format} is not quantlab's; the file is"
+            " damaged, or a quantlab that means something else by this name wrote it"
         )
 
 
 def quantization_config(layers: Mapping[str, Storage]) -> dict[str, Any]:
-    """What config.json says of a model whose ``layers`` are quantized; layers that are stored alike stand together."""
+    """What config.json says of a model whose ``layers`` are quantized; layers stored alike stand together."""
     groups: dict[Storage, list[str]] = {}
     for name in sorted(layers):
         groups.setdefault(layers[name], []).append(name)
@@ -97,9 +97,10 @@ def parse_quantization_config(config: Mapping[str, Any]) -> dict[str, Storage]:
     if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"format_version {version!r}: expected a number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
+        writer = config.get("quantlab_version", "unknown")
         raise CheckpointError(
-            f"the checkpoint has format version {version} (quantlab {config.get('quantlab_version', 'unknown')}), this "
-            f"quantlab reads up to {FORMAT_VERSION}; upgrade it: pip install -U quantlab"
+            f"the checkpoint has format version {version}, written by quantlab {writer}; this quantlab reads "
+            f"up to version {FORMAT_VERSION}; upgrade it: pip install -U quantlab"
         )
     layers: dict[str, Storage] = {}
     for group in config.get("layers") or []:

@@ -1,8 +1,8 @@
-"""Teaches transformers the ``quantlab`` format: importing this module is enough for ``from_pretrained`` to load it.
+"""Teaches transformers the ``quantlab`` format: import this module, and ``from_pretrained`` loads it.
 
-Before the weights are loaded the model's linear layers are replaced by empty ``QuantLinear`` modules whose buffers
-have exactly the names, shapes and dtypes of the checkpoint. transformers then loads them as any other tensors, and
-``save_pretrained`` writes them back as they are.
+Before the weights are loaded the model's linear layers are replaced by empty ``QuantLinear`` modules whose
+buffers have exactly the names, shapes and dtypes of the checkpoint. transformers then loads them as any other
+tensors, and ``save_pretrained`` writes them back as they are.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from quantlab.nn import QuantLinear, Storage, UnfusedExperts, unfuse_experts
 
 
 class QuantlabConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of config.json, as :func:`quantlab.checkpoint.native.quantization_config` wrote it."""
+    """The ``quantization_config`` of config.json, as :func:`native.quantization_config` wrote it."""
 
     def __init__(self, **stored: Any) -> None:
         stored.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment] # any string will do
         for key, value in stored.items():
             setattr(self, key, value)
 
@@ -77,7 +77,7 @@ class QuantlabQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+    def update_weight_conversions(self, *_: Any) -> list[Any]:
         """None: the checkpoint has the model's own names, and experts stay apart."""
         return []
 
@@ -103,7 +103,7 @@ class QuantlabQuantizer(HfQuantizer):
 
 
 def _layers_of(model: PreTrainedModel, layers: Mapping[str, Storage]) -> dict[str, Storage]:
-    """The layers by their names in ``model``, which may be the checkpoint's model without its head, or with another.
+    """The layers by their names in ``model``, which may be the checkpoint's model without its head.
 
     Raises:
         CheckpointError: the model has no layer of that name, or one of another shape.
@@ -121,9 +121,8 @@ def _layers_of(model: PreTrainedModel, layers: Mapping[str, Storage]) -> dict[st
         else:
             if same_class or name.startswith(prefix):
                 raise CheckpointError(
-                    f"{name}: {type(model).__name__} has no layer of this name, but the checkpoint's config.json says "
-                    "that it is quantized; the config belongs to another model, or transformers "
-                    "has renamed the layer"
+                    f"{name}: config.json says that this layer is quantized, but {type(model).__name__} has "
+                    "none of this name; the config is another model's, or transformers renamed the layer"
                 )
     return found
 
@@ -143,12 +142,13 @@ def _check_fits(module: nn.Module, name: str, storage: Storage) -> None:
         shape = (module.weight.shape[0], module.weight.shape[1])
     else:
         raise CheckpointError(
-            f"{name}: is a {type(module).__name__}; the checkpoint has a quantized linear layer for it"
+            f"{name}: is a {type(module).__name__}, the checkpoint has a linear layer for it"
         )
-    if shape != (storage.out_features, storage.in_features):
+    stored = (storage.out_features, storage.in_features)
+    if shape != stored:
         raise CheckpointError(
-            f"{name}: the model has {list(shape)}, the checkpoint {[storage.out_features, storage.in_features]}; "
-            "config.json was edited, or belongs to another model"
+            f"{name}: the model has {list(shape)}, the checkpoint {list(stored)}; config.json was edited, or "
+            "belongs to another model"
         )
 
 
@@ -185,7 +185,8 @@ def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     weight = layer.to_qtensor().dequantize(dtype)
     dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = layer.bias
+    if layer.bias is not None:
+        dense.bias = layer.bias
     return dense.train(layer.training)
 
 

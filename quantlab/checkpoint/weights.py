@@ -1,14 +1,16 @@
-"""The weights of a Hugging Face folder, one tensor at a time: the files, and transformers' way from file to model.
+"""The weights of a Hugging Face folder, one tensor at a time, and transformers' way from file to model.
 
-Checkpoints do not always hold a model's tensors as the model has them: transformers renames keys, stacks experts,
-splits fused projections. :class:`WeightPlan` asks transformers once which keys of the files make which tensors of
-the model, so that any of them can be had later by reading just those keys.
+Checkpoints do not always hold a model's tensors as the model has them: transformers renames keys, stacks
+experts, splits fused projections. :class:`WeightPlan` asks transformers once which keys of the files make
+which tensors of the model, so that any of them can be had later by reading just those keys.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import zipfile
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -55,10 +56,11 @@ class StoredTensor:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = 0  # in a safetensors file
 
 
 class WeightFiles:
-    """The tensors in the weight files of a folder, by their names there; nothing is read before it is asked for.
+    """The tensors in the weight files of a folder, by their names there; read only when asked for.
 
     Raises:
         CheckpointError: no weights, a shard is missing, or a file is cut short.
@@ -67,20 +69,36 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.files = _weight_files(folder)
         self.stored: dict[str, StoredTensor] = {}
-        self._open: dict[Path, Any] = {}
+        self._bin: dict[str, torch.Tensor] = {}  # mapped, not read
         for file in self.files:
-            self.stored |= _bin_entries(self._opened(file), file) if file.suffix == ".bin" else _entries(file)
+            if file.suffix == ".bin":
+                state = _load_bin(file)
+                self._bin |= state
+                self.stored |= {
+                    name: StoredTensor(file, t.dtype, tuple(t.shape)) for name, t in state.items()
+                }
+            else:
+                self.stored |= _entries(file)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, on the CPU; its memory is the file's, mapped privately."""
-        file = self.stored[name].file
-        opened = self._opened(file)
-        return opened[name] if file.suffix == ".bin" else opened.get_tensor(name)
+        """The tensor as it is stored, on the CPU, in memory of its own.
 
-    def _opened(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = _load_bin(file) if file.suffix == ".bin" else safe_open(file, framework="pt")
-        return self._open[file]
+        Files are read, not mapped: mapped pages would count as this process's memory for as long as it runs.
+        """
+        if name in self._bin:
+            return self._bin[name].clone()
+        stored = self.stored[name]
+        data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
+        buffer: Any = data.numpy()
+        with open(stored.file, "rb", buffering=0) as stream:
+            stream.seek(stored.offset)
+            done = 0
+            while done < len(data):
+                count = stream.readinto(memoryview(buffer)[done:])
+                if not count:
+                    raise CheckpointError(f"{stored.file}: ends within {name}; it changed while it was read")
+                done += count
+        return data.view(stored.dtype).view(stored.shape)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -99,39 +117,34 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
             return [folder / shard for shard in shards]
     raise CheckpointError(
-        f"{folder}: has no weights; expected {_SAFETENSORS} or {_SAFETENSORS}.index.json with its shards (or {_BIN})"
+        f"{folder}: has no weights; expected {_SAFETENSORS}, {_SAFETENSORS}.index.json with shards, or {_BIN}"
     )
 
 
 def _entries(file: Path) -> dict[str, StoredTensor]:
     entries = {}
-    for name, entry in read_header(file).items():
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{file}: {name} has the dtype {entry['dtype']}, which quantlab does not read"
-            )
-        entries[name] = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    header, start = read_header(file)
+    for name, entry in header.items():
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{file}: {name} has the dtype {entry['dtype']}, which is not supported")
+        offset = start + entry["data_offsets"][0]
+        entries[name] = StoredTensor(file, dtype, tuple(entry["shape"]), offset)
     return entries
 
 
-def _bin_entries(state: Mapping[str, Any], file: Path) -> dict[str, StoredTensor]:
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    return {name: StoredTensor(file, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def _load_bin(file: Path) -> dict[str, Any]:
+def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True)
+        # The format before torch 1.6 is no zip file and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # pickle, zip and torch each have their own
         raise CheckpointError(f"{file}: cannot be read as plain tensors ({error})") from error
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 @dataclass
 class _Recipe:
-    """How one or several tensors of the model are made: keys of the files, and transformers' conversion or None."""
+    """How one or several tensors of the model are made: keys of the files, and a conversion or None."""
 
     first: str
     converter: WeightConverter | None
@@ -145,6 +158,14 @@ class WeightPlan:
         model: on the meta device, as transformers builds it.
         files: the weights.
         dtype: in which the model is to be.
+
+    Attributes:
+        targets: the model's tensors, empty, by name.
+        untied: weights that the config ties but that the files hold twice with different values: transformers
+            does not tie them.
+
+    Raises:
+        CheckpointError: a tensor in the files has another shape than the model's.
     """
 
     def __init__(self, model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype) -> None:
@@ -153,6 +174,7 @@ class WeightPlan:
         self.targets: dict[str, torch.Tensor] = dict(model.state_dict())
         self._dtypes = _target_dtypes(model, self.targets, dtype)
         self._recipes = self._planned()
+        self.untied = self._stored_differently()
 
     def __contains__(self, target: str) -> bool:
         return target in self._recipes
@@ -165,7 +187,7 @@ class WeightPlan:
         """
         recipe = self._recipes[target]
         if recipe.converter is None:
-            made = {target: self._source(recipe.sources[0][1], target).clone()}
+            made = {target: self._source(recipe.sources[0][1], target)}
         else:
             made = self._converted(recipe, recipe.converter)
         for name, value in made.items():
@@ -175,18 +197,16 @@ class WeightPlan:
     def _converted(self, recipe: _Recipe, template: WeightConverter) -> dict[str, torch.Tensor]:
         converter = deepcopy(template)
         for pattern, key in recipe.sources:
-            converter.add_tensor(recipe.first, key, pattern, partial(self._source, key, recipe.first))
+            read: Any = partial(self._source, key, recipe.first)  # transformers calls it when it converts
+            converter.add_tensor(recipe.first, key, pattern, read)
         try:
             made = converter.convert(recipe.first, model=self.model, config=self.model.config)
         except Exception as error:  # whatever transformers' operations raise on tensors that do not fit
             keys = ", ".join(key for _, key in recipe.sources[:4])
             raise CheckpointError(f"{recipe.first}: cannot be made from {keys}, ... ({error})") from error
-        plain = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-        # What an operation only cut out of a file is still the file's memory.
-        return {name: value.clone() if _is_view(value) else value for name, value in plain.items()}
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _source(self, key: str, target: str) -> torch.Tensor:
-        """In the target's dtype; the memory may be the file's."""
         return self.files.read(key).to(self._dtypes[target])
 
     def _planned(self) -> dict[str, _Recipe]:
@@ -213,17 +233,23 @@ class WeightPlan:
                 recipes |= {recipe.first.replace(names[0], name): recipe for name in names}
         return recipes
 
+    def _stored_differently(self) -> list[str]:
+        """Tied weights that the files hold twice, with different values."""
+        ties = self.model.all_tied_weights_keys.items()
+        twice = [(target, origin) for target, origin in ties if target in self and origin in self]
+        return [
+            target
+            for target, origin in twice
+            if not torch.equal(self.read(target)[target], self.read(origin)[origin])
+        ]
+
     def _check_shape(self, target: str, shape: tuple[int, ...]) -> None:
         expected = tuple(self.targets[target].shape) if target in self.targets else shape
         if shape != expected:
             raise CheckpointError(
-                f"{target}: the weights have shape {list(shape)}, config.json makes a model with {list(expected)}; "
-                "they do not belong together"
+                f"{target}: the weights have shape {list(shape)}, config.json makes a model with "
+                f"{list(expected)}; the two do not belong together"
             )
-
-
-def _is_view(tensor: torch.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
 def _target_dtypes(

@@ -1,4 +1,4 @@
-"""Writing a model folder, shard by shard: each file appears whole or not at all, and config.json appears last."""
+"""Writing a model folder, shard by shard: each file appears whole or not at all, and config.json last."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
             ) from error
 
     def write(self, shard: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one safetensors file. Equal tensors give equal bytes; views and shared memory are written out.
+        """Write one safetensors file. Equal tensors give equal bytes; views are written out.
 
         Raises:
             CheckpointError: the disk is full, or the folder cannot be written.
@@ -102,7 +102,7 @@ class CheckpointWriter:
             CheckpointError: a shard is missing, or two hold the same tensor.
         """
         shards = self._shards()
-        headers = {shard: read_header(self.folder / shard) for shard in shards}
+        headers = {shard: read_header(self.folder / shard)[0] for shard in shards}
         if shards != ["model.safetensors"]:
             self._write_json(INDEX, _index(headers))
         if assets_from is not None:
@@ -154,8 +154,11 @@ class CheckpointWriter:
             raise CheckpointError(f"{target}: cannot be written: {error}") from error
 
 
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The tensors of a safetensors file from its header alone: name to ``dtype``, ``shape``, ``data_offsets``.
+def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """What a safetensors file says of its tensors, and where in the file their data starts.
+
+    Returns:
+        ``dtype``, ``shape`` and ``data_offsets`` (from the start of the data) by name, and that start.
 
     Raises:
         CheckpointError: not a safetensors file, or cut short.
@@ -175,7 +178,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{file}: has {size} bytes, its header speaks of {8 + length + end}; download it again"
         )
-    return header
+    return header, 8 + length
 
 
 def _index(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from quantlab.recipe import Calibration
 from quantlab_evals import check_length, load_documents, token_windows
 
 # Tokens that run through the model at once: enough for matrix products to be efficient, few enough to stay small.
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
 # Documents that are read for each sequence, at most, from sources that could go on for ever.
 _DOCUMENTS_A_SEQUENCE = 32
 
@@ -29,7 +29,7 @@ class CalibrationData:
     description: dict[str, Any]
 
     def batches(self) -> list[torch.Tensor]:
-        """The sequences in batches of about 4096 tokens."""
+        """The sequences in batches of about 2048 tokens."""
         return list(self.tokens.split(max(1, _BATCH_TOKENS // self.tokens.shape[1])))
 
 

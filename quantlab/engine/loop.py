@@ -13,6 +13,8 @@ without stopping: the same arithmetic as the first time, so the run ends with th
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -75,7 +77,9 @@ class Run:
     def _execute_calibrated(self) -> None:
         shifted = any(Statistic.SHIFT in layer.needs for layer in self.plan.values())
         models = [self.model, self.source.skeleton()] if shifted else [self.model]
-        self._load(OUTSIDE, models)
+        self._load(OUTSIDE, [self.model])
+        for twin in models[1:]:
+            self._share_outside(twin)
         outside = [layer.name for layer in self._planned(OUTSIDE) if layer.needs]
         original = models[1] if shifted else None
         with Calibration(self.model, original, self.architecture, self.batches, outside) as calibration:
@@ -148,6 +152,22 @@ class Run:
         for model in models:
             self.source.load(model, lambda name: self._belongs(name, block))
 
+    def _share_outside(self, twin: nn.Module) -> None:
+        """Let the twin use the model's own embeddings and norms: nothing outside the blocks differs before the end."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if self._belongs(name, OUTSIDE):
+                owner, _, leaf = name.rpartition(".")
+                setattr(twin.get_submodule(owner), leaf, parameter)
+        self.source.load(twin, lambda name: self._belongs(name, OUTSIDE))  # persistent buffers
+
     def _unload(self, block: str, models: list[nn.Module]) -> None:
         for model in models:
             self.source.unload(model, lambda name: self._belongs(name, block))
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc): it fragments block by block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

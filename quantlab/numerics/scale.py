@@ -15,11 +15,11 @@ from quantlab.numerics.grid import Grid
 Granularity = int | str  # a group size along the inputs, "channel" or "tensor"
 
 # Steps of the search, as multiples of the abs-max scale's inverse: above 1 clips the largest weights, below 1
-# leaves the outermost codes unused. A second round looks between the best step and its neighbours.
-_FACTORS = (0.65, 0.75, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.75)
+# leaves the outermost codes unused. Least-squares refits of the best step then settle between the steps.
+_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.42, 1.55, 1.7)
 _REFITS = 2
-# Elements that are searched at once: they fit in the second-level cache with all temporaries.
-_CHUNK = 1 << 16
+# Elements that are searched at once: enough to hide the cost of a call, few enough to stay in the cache.
+_CHUNK = 1 << 17
 
 
 def group_view(weight: torch.Tensor, granularity: Granularity) -> torch.Tensor:

@@ -78,9 +78,10 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     config = getattr(transformers, config_class)(**options, experts_implementation="eager")
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config)
-    for parameter in model.parameters():  # norms and biases too, so that a mix-up shows
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype).eval()
+    for parameter in model.parameters():
+        # Norms and biases get random values too, so that a mix-up shows. Rotary frequencies stay float32.
+        parameter.data = parameter.data.add_(torch.randn_like(parameter) * 0.05).to(dtype)
+    return model.eval()
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:

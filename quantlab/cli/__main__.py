@@ -1,0 +1,5 @@
+"""``python -m quantlab.cli``: the same as ``quantlab``."""
+
+from quantlab.cli.app import main
+
+main()

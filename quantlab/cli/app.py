@@ -1,0 +1,321 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlab.cli.output import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, Output, quiet_libraries, say_error
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document, and nothing else, to standard output.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")
+]
+_MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
+
+
+@app.callback(
+    invoke_without_command=True, epilog="Example:\n\n  quantlab quantize demo --recipe w4-rtn --out demo-w4"
+)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False,
+) -> None:
+    """Make a Hugging Face model small: quantize it, measure what that cost, look inside the result."""
+    if version:
+        parts = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
+        typer.echo(
+            f"quantlab {metadata.version('quantlab')} ({', '.join(parts)}, Python {sys.version.split()[0]})"
+        )
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  quantlab quantize demo --recipe w4-rtn --out demo-w4\n"
+    "  quantlab quantize demo --out demo-w3 --set format=int3 --samples 16\n\n"
+    "Interrupted, the same command goes on where it stopped."
+)
+def quantize(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A ready recipe (see `quantlab recipes`) or a YAML file.")
+    ] = "w4-gptq",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Calibration text: `builtin`, a text or .jsonl file, or a data set as name:config:split:column.",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a calibration sequence.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run left.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
+    threads: Threads = None,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append a line a layer, with the time, to a file.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model by a recipe and write the result to a folder."""
+    short = {"source": calibration, "samples": samples, "length": length, "seed": seed}
+    overrides = [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (
+        settings or []
+    )
+    with Output(as_json, quiet) as output:
+        from quantlab.cli import show
+        from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
+
+        with Watch(f"{model} → {out}, {recipe}", writers(stderr_console(), quiet=quiet, log=log)) as watch:
+            output.on_interrupt = watch.interrupted
+            _prepare(threads, quiet=quiet)
+            from quantlab.engine.quantize import quantize as run
+
+            result = run(
+                model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite
+            )
+        memory = peak_memory()
+        document = {
+            "model": model,
+            "folder": result.folder,
+            "recipe": result.recipe.to_dict(),
+            "bits": result.bits,
+            "bytes": result.bytes,
+            "original_bytes": result.original_bytes,
+            "seconds": result.seconds,
+            "peak_memory": memory,
+            "resumed_blocks": result.resumed_blocks,
+            "calibration": result.calibration,
+            "layers": [{**report.record(), "seconds": report.seconds} for report in result.reports],
+        }
+        output.answer(document, *show.quantized(result, model=model, peak_memory=memory))
+
+
+@app.command(
+    "eval",
+    epilog="Examples:\n\n"
+    "  quantlab eval demo-w4 --against demo --windows 4 --length 512\n"
+    "  quantlab eval demo-w4 --text builtin:eval --set windows=2 --set length=256",
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL + " Quantized or not.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The original, to measure KL divergence and agreement. Both are loaded."
+        ),
+    ] = None,
+    text: Annotated[
+        str,
+        typer.Option(
+            help="A text or .jsonl file, `builtin:eval`, or a data set as name:config:split:column."
+        ),
+    ] = "builtin:eval",
+    windows: Annotated[int | None, typer.Option(metavar="N", help="How many windows. [default: all]")] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens in a window. [default: 2048, or as many as there are]"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="text, windows, length, bos (auto, true, false) or batch_size."
+        ),
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and, against the original, KL divergence and how often both agree on the next token."""
+    with Output(as_json, quiet, on_interrupt=lambda: "interrupted; nothing was written") as output:
+        from quantlab.cli import show
+        from quantlab.cli.progress import stderr_console, window_progress
+
+        chosen: dict[str, Any] = {"text": text, "windows": windows, "length": length}
+        chosen |= _settings(settings, ("text", "windows", "length", "bos", "batch_size"))
+        with window_progress(stderr_console(), model, quiet=quiet) as progress:
+            _prepare(threads, quiet=quiet)
+            from quantlab.evaluate import evaluate as run
+
+            evaluation = run(model, against=against, progress=progress, **chosen)
+        output.answer(evaluation.to_dict(), *show.evaluated(evaluation))
+
+
+@app.command(
+    "inspect",
+    epilog="Examples:\n\n"
+    "  quantlab inspect demo-w4 --fold\n"
+    "  quantlab inspect demo-w4 --set sort=error --set limit=10",
+)
+def inspect_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote.")],
+    fold: Annotated[
+        bool, typer.Option("--fold", help="One line for all layers of a kind: model.layers.*.mlp.down_proj.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="sort (order, name, error, bits or bytes), limit, or fold."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a quantized model layer by layer: format, bits a weight with everything counted, error, size."""
+    with Output(as_json) as output:
+        from quantlab.cli import show
+        from quantlab.errors import QuantlabError
+
+        chosen: dict[str, Any] = {"sort": "order", "limit": None, "fold": fold}
+        chosen |= _settings(settings, tuple(chosen))
+        sort, limit = chosen["sort"], chosen["limit"]
+        # What is largest comes first; only names go up.
+        keys: dict[str, Any] = {
+            "order": lambda _layer: 0,
+            "name": lambda layer: layer.layer,
+            "error": lambda layer: -(layer.error or 0.0),
+            "bits": lambda layer: -layer.bits,
+            "bytes": lambda layer: -layer.bytes,
+        }
+        if sort not in keys:
+            raise QuantlabError(f"sort {sort!r}: use one of {', '.join(keys)}")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise QuantlabError(f"limit {limit!r}: use a whole number, at least 1")
+        _prepare(None, quiet=True)
+        from quantlab.inspect import inspect
+
+        inspection = inspect(folder)
+        layers = sorted(inspection.layers, key=keys[sort])[:limit]
+        hidden = len(inspection.layers) - len(layers)
+        document = inspection.to_dict()
+        shown = {
+            layer.layer: record for layer, record in zip(inspection.layers, document["layers"], strict=True)
+        }
+        document["layers"] = [shown[layer.layer] for layer in layers]
+        output.answer(document, *show.inspected(inspection, layers, fold=bool(chosen["fold"]), hidden=hidden))
+
+
+@app.command(
+    epilog="Examples:\n\n  quantlab recipes\n  quantlab recipes w4-gptq --set format=int3 > my-recipe.yaml"
+)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A ready recipe, or a YAML file, to print.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field; prints the recipe that results."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the ready recipes with when to use them, or print one."""
+    with Output(as_json) as output:
+        import yaml
+
+        from quantlab.cli import show
+        from quantlab.errors import RecipeError
+
+        # As text: reading them as recipes would import torch, and one is printed with its comments.
+        files = sorted(resources.files("quantlab_recipes").iterdir(), key=lambda file: file.name)
+        ready = {
+            f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8")
+            for f in files
+            if f.name.endswith(".yaml")
+        }
+        if name is None:
+            if settings:
+                raise RecipeError(
+                    "--set changes one recipe: name it, for example `quantlab recipes w4-gptq --set format=int3`"
+                )
+            parsed = {key: yaml.safe_load(text) for key, text in ready.items()}
+            when = {key: str(entry.get("description", "")).strip() for key, entry in parsed.items()}
+            listed = [{"name": key, "description": description} for key, description in when.items()]
+            output.answer({"recipes": listed}, *show.recipe_table(when))
+        elif name in ready and not settings and not as_json:
+            output.answer(None, show.verbatim(ready[name]))
+        else:
+            from quantlab.recipe import load_recipe
+
+            recipe = load_recipe(name, settings or ()).to_dict()
+            text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+            output.answer(recipe, show.verbatim(text))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: run a command and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments, prog_name="quantlab", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes
+        code = BROKEN_PIPE
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # typer's usage errors have no public base class; this is what they have in common.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "quantlab"
+        message = f"{error.format_message().rstrip('.')}; see: {command} --help"
+        say_error(message, "UsageError", json=as_json)
+        code = BAD_INPUT
+    sys.exit(code)
+
+
+def _prepare(threads: int | None, *, quiet: bool) -> None:
+    """Set up the libraries, which takes seconds the first time."""
+    quiet_libraries(progress_bars=not quiet and sys.stderr.isatty())
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` settings as a mapping; values are YAML."""
+    import yaml
+
+    from quantlab.errors import QuantlabError
+
+    chosen: dict[str, Any] = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise QuantlabError(f"--set {setting!r}: expected KEY=VALUE with a key out of {', '.join(known)}")
+        try:
+            chosen[key] = value if key == "text" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise QuantlabError(f"--set {setting!r}: the value is not valid YAML") from error
+    return chosen

@@ -1,15 +1,61 @@
 """Post-training quantization of Hugging Face models: small, fast, and measured.
 
-Importing quantlab registers its checkpoint format with transformers: afterwards a plain
-``AutoModelForCausalLM.from_pretrained(folder)`` loads a quantized model.
+After ``import quantlab`` a plain ``AutoModelForCausalLM.from_pretrained(folder)`` loads a quantized model. Importing is
+cheap: the parts below are imported when they are first used, and the checkpoint format is registered with transformers as
+soon as transformers' models are imported, before or after.
 """
 
-from quantlab.checkpoint import plugin as _plugin
-from quantlab.checkpoint.load import load
-from quantlab.engine.quantize import Result, quantize
-from quantlab.errors import QuantlabError
-from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
+from __future__ import annotations
 
-_plugin.register()
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["QuantlabError", "Recipe", "Result", "Scheme", "load", "load_recipe", "quantize", "ready_recipes"]
+from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from quantlab.checkpoint.load import load
+    from quantlab.engine.quantize import Result, quantize
+    from quantlab.errors import QuantlabError
+    from quantlab.evaluation import Evaluation, evaluate
+    from quantlab.inspection import Inspection, inspect
+    from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
+
+__all__ = [
+    "Evaluation",
+    "Inspection",
+    "QuantlabError",
+    "Recipe",
+    "Result",
+    "Scheme",
+    "evaluate",
+    "inspect",
+    "load",
+    "load_recipe",
+    "quantize",
+    "ready_recipes",
+]
+
+_HOMES = {
+    "Evaluation": "evaluation",
+    "Inspection": "inspection",
+    "QuantlabError": "errors",
+    "Recipe": "recipe",
+    "Result": "engine.quantize",
+    "Scheme": "recipe",
+    "evaluate": "evaluation",
+    "inspect": "inspection",
+    "load": "checkpoint.load",
+    "load_recipe": "recipe",
+    "quantize": "engine.quantize",
+    "ready_recipes": "recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
+    return getattr(import_module(f"quantlab.{_HOMES[name]}"), name)
+
+
+# Importing the plug-in registers it; it needs transformers' model classes, and nobody loads a model without them.
+register_post_import_hook(lambda _: import_module("quantlab.checkpoint.plugin"), "transformers.modeling_utils")

@@ -1,7 +1,7 @@
 """Recipes: what to do with each layer. YAML on disk, frozen dataclasses in memory.
 
-A recipe names one choice on each axis (format, quantizer, ...) for all layers, and lists exceptions by pattern.
-A mixed-precision plan is a recipe with one line a layer; nothing here treats it specially.
+A recipe names one choice on each axis (format, quantizer, ...) for all layers, and lists exceptions by
+pattern. A mixed-precision plan is a recipe with one line a layer; nothing here treats it specially.
 """
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ from quantlab.numerics import Granularity, Grid, grid
 
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SEARCHES = ("absmax", "mse", "second-moment")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: ``1e-3`` is a number, as in YAML 1.2; PyYAML alone wants ``1.0e-3``."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -49,18 +58,22 @@ class Scheme:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, str):
+            raise RecipeError(f"format {self.format!r}: use a name such as int4, or none")
         self.grid  # noqa: B018 - an unknown format is refused here
         bad_group = self.granularity not in ("channel", "tensor") and not (
             type(self.granularity) is int and self.granularity > 0
         )
         if bad_group:
             raise RecipeError(
-                f"granularity {self.granularity!r}: use a positive group size such as 64, 'channel' or 'tensor'"
+                f"granularity {self.granularity!r}: use a group size such as 64, 'channel' or 'tensor'"
             )
         _one_of("scale_search", self.scale_search, _SEARCHES)
         _one_of("scale_dtype", self.scale_dtype, _SCALE_DTYPES)
         if type(self.symmetric) is not bool:
             raise RecipeError(f"symmetric {self.symmetric!r}: use true or false")
+        if not isinstance(self.quantizer, str):
+            raise RecipeError(f"quantizer {self.quantizer!r}: use a method's name, such as rtn or gptq")
         if not isinstance(self.options, Mapping):
             raise RecipeError(f"options {self.options!r}: use a mapping of the quantizer's options")
 
@@ -82,7 +95,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text the layers see: ``samples`` sequences of ``length`` tokens, drawn with ``seed`` from ``source``."""
+    """Which text the layers see: ``samples`` sequences of ``length`` tokens, drawn from ``source``."""
 
     source: str = "builtin"
     samples: int = 64
@@ -95,7 +108,9 @@ class Calibration:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise RecipeError(f"calibration.{name} {value!r}: use a whole number, at least {least}")
-        if self.bos not in ("auto", True, False):
+        if not isinstance(self.source, str):
+            raise RecipeError(f"calibration.source {self.source!r}: use a name or a path, such as builtin")
+        if type(self.bos) is not bool and self.bos != "auto":
             raise RecipeError(f"calibration.bos {self.bos!r}: use auto, true or false")
 
 
@@ -137,7 +152,7 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"pattern {pattern!r} is not a regular expression: {error}") from error
     return fnmatch.fnmatchcase(name, pattern)
 
@@ -153,21 +168,28 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     scheme_keys = {f.name for f in fields(Scheme)}
     own = {"name", "description", "layers", "calibration"}
     _known(data, scheme_keys | own, "the recipe")
-    layers = data.get("layers") or {}
-    calibration = data.get("calibration") or {}
+    name, description = data.get("name", "custom"), data.get("description", "")
+    for key, value in (("name", name), ("description", description)):
+        if not isinstance(value, str):
+            raise RecipeError(f"{key} {value!r}: use text, in quotes if need be")
+    layers, calibration = ({} if data.get(key) is None else data[key] for key in ("layers", "calibration"))
     for key, value in (("layers", layers), ("calibration", calibration)):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{key}: expected a mapping, not {value!r}")
     _known(calibration, {f.name for f in fields(Calibration)}, "calibration")
     default = _changed(Scheme(), {k: v for k, v in data.items() if k in scheme_keys}, "the recipe")
     for pattern, changes in layers.items():
+        if not isinstance(pattern, str):
+            raise RecipeError(f"layers[{pattern!r}]: a pattern is text; put it in quotes")
         if not isinstance(changes, Mapping):
-            raise RecipeError(f"layers[{pattern!r}]: expected a mapping such as {{format: int8}}, not {changes!r}")
+            raise RecipeError(
+                f"layers[{pattern!r}]: expected a mapping such as {{format: int8}}, not {changes!r}"
+            )
         matches(pattern, "")
         _changed(default, changes, f"layers[{pattern!r}]")
     return Recipe(
-        name=str(data.get("name", "custom")),
-        description=str(data.get("description", "")).strip(),
+        name=name,
+        description=description.strip(),
         default=default,
         layers=dict(layers),
         calibration=Calibration(**calibration),
@@ -175,24 +197,24 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe by its ready name, from a YAML file, a mapping or as it is, with ``key=value`` overrides applied.
+    """A recipe by its ready name, from a YAML file, a mapping or as it is, with ``key=value`` overrides.
 
-    An override's key may be dotted (``calibration.samples=128``, ``options.damping=0.05``); its value is YAML.
+    An override's key may be dotted (``calibration.samples=128``, ``options.damping=0.05``); its value YAML.
+    One that changes the quantizer drops the recipe's options, which mean nothing to another method.
 
     Raises:
         RecipeError: no such recipe, unreadable YAML, or a key or value that is not allowed.
     """
     if isinstance(source, Recipe):
-        data: Any = source.to_dict()
-    elif isinstance(source, Mapping):
-        data = dict(source)
+        recipe = from_dict(source.to_dict())
     else:
-        data = _parse(*_read(str(source)))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {override!r}: expected key=value, for example --set format=int3")
-        data = _assigned(data, key.strip().split("."), _parse(f"--set {override}", value))
+        recipe = from_dict(source if isinstance(source, Mapping) else _parse(*_read(str(source))))
+    settings = [_setting(override) for override in overrides]
+    data = recipe.to_dict()
+    if any(path == ["quantizer"] and value != recipe.default.quantizer for path, value in settings):
+        del data["options"]
+    for path, value in settings:
+        data = _assigned(data, path, value)
     return from_dict(data)
 
 
@@ -207,11 +229,14 @@ def ready_recipes() -> dict[str, Recipe]:
 
 
 def _read(source: str) -> tuple[str, str]:
-    if (path := Path(source)).is_file():
-        return source, path.read_text(encoding="utf-8")
-    ready = resources.files("quantlab_recipes") / f"{source}.yaml"
-    if "/" not in source and ready.is_file():
-        return source, ready.read_text(encoding="utf-8")
+    try:
+        if (path := Path(source)).is_file():
+            return source, path.read_text(encoding="utf-8")
+        ready = resources.files("quantlab_recipes") / f"{source}.yaml"
+        if "/" not in source and ready.is_file():
+            return source, ready.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {source!r} cannot be read: {error}") from error
     raise RecipeError(
         f"recipe {source!r} is neither a file nor a ready recipe{_nearest(source, ready_recipes())}; "
         f"ready are: {', '.join(ready_recipes())}"
@@ -220,23 +245,36 @@ def _read(source: str) -> tuple[str, str]:
 
 def _parse(where: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, Loader=_Loader)
+    # PyYAML lets what Python says of an impossible date or number through.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+def _setting(override: str) -> tuple[list[str], Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r}: expected key=value, for example --set format=int3")
+    return key.strip().split("."), _parse(f"--set {override}", value)
+
+
 def _assigned(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    inner = value if len(path) == 1 else _assigned(data.get(path[0]) or {}, path[1:], value)
-    return {**data, path[0]: inner}
+    key, *rest = path
+    if rest:
+        inner = {} if data.get(key) is None else data[key]
+        if not isinstance(inner, Mapping):
+            raise RecipeError(f"{'.'.join(path)}: {key} is {inner!r}, which has no parts; use {key}=value")
+        value = _assigned(inner, rest, value)
+    return {**data, key: value}
 
 
 def _changed(scheme: Scheme, changes: Mapping[str, Any], where: str) -> Scheme:
     _known(changes, {f.name for f in fields(Scheme)}, where)
     values = dict(changes)
-    if "options" in values and values.get("quantizer", scheme.quantizer) == scheme.quantizer:
-        values["options"] = {**scheme.options, **(values["options"] or {})}
-    elif values.get("quantizer", scheme.quantizer) != scheme.quantizer:
-        values.setdefault("options", {})  # another method's options mean nothing to this one
+    options = {} if values.get("options") is None else values["options"]
+    if isinstance(options, Mapping) and values.get("quantizer", scheme.quantizer) == scheme.quantizer:
+        options = {**scheme.options, **options}  # another method's options would mean nothing to this one
+    values["options"] = options
     try:
         return replace(scheme, **values)
     except RecipeError as error:
@@ -251,7 +289,7 @@ def _known(data: Mapping[str, Any], keys: set[str], where: str) -> None:
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise RecipeError(f"{name} {value!r}: use one of {', '.join(allowed)}")
 
 

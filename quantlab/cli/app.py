@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.output import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, Output, quiet_libraries, say_error
+from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, quiet_libraries, say_error
 
 app = typer.Typer(
     add_completion=False,
@@ -70,7 +69,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Calibration text: `builtin`, a text or .jsonl file, or a data set as name:config:split:column.",
+            help="Calibration text: `builtin`, a text or .jsonl file, a data set name:config:split:column.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")] = None,
@@ -158,7 +157,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and, against the original, KL divergence and how often both agree on the next token."""
+    """Measure perplexity and, against the original, KL divergence and agreement on the next token."""
     with Output(as_json, quiet, on_interrupt=lambda: "interrupted; nothing was written") as output:
         from quantlab.cli import show
         from quantlab.cli.progress import stderr_console, window_progress
@@ -167,7 +166,7 @@ def evaluate(
         chosen |= _settings(settings, ("text", "windows", "length", "bos", "batch_size"))
         with window_progress(stderr_console(), model, quiet=quiet) as progress:
             _prepare(threads, quiet=quiet)
-            from quantlab.evaluate import evaluate as run
+            from quantlab.evaluation import evaluate as run
 
             evaluation = run(model, against=against, progress=progress, **chosen)
         output.answer(evaluation.to_dict(), *show.evaluated(evaluation))
@@ -213,7 +212,7 @@ def inspect_(
         if limit is not None and (type(limit) is not int or limit < 1):
             raise QuantlabError(f"limit {limit!r}: use a whole number, at least 1")
         _prepare(None, quiet=True)
-        from quantlab.inspect import inspect
+        from quantlab.inspection import inspect
 
         inspection = inspect(folder)
         layers = sorted(inspection.layers, key=keys[sort])[:limit]
@@ -254,7 +253,7 @@ def recipes(
         if name is None:
             if settings:
                 raise RecipeError(
-                    "--set changes one recipe: name it, for example `quantlab recipes w4-gptq --set format=int3`"
+                    "--set changes one recipe; name it: `quantlab recipes w4-gptq --set format=int3`"
                 )
             parsed = {key: yaml.safe_load(text) for key, text in ready.items()}
             when = {key: str(entry.get("description", "")).strip() for key, entry in parsed.items()}
@@ -276,10 +275,6 @@ def main(arguments: list[str] | None = None) -> None:
     as_json = "--json" in arguments
     try:
         code = app(arguments, prog_name="quantlab", standalone_mode=False) or 0
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes
-        code = BROKEN_PIPE
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:

@@ -29,8 +29,8 @@ _UNBOUNDED = 10_000
 class Output:
     """One command's words. While it is entered, whatever a library prints goes to standard error.
 
-    The answer is printed on leaving. Leaving by an error that a person can do something about prints that error and
-    ends the command with exit code 2.
+    The answer is printed on leaving. Leaving by an error that a person can do something about prints that
+    error and ends the command with exit code 2.
 
     Attributes:
         json: the answer, or the error, is one JSON document.
@@ -65,13 +65,22 @@ class Output:
         if isinstance(error, Exception) and not isinstance(error, typer.Exit) and self.json:
             print_json({"error": str(error), "kind": type(error).__name__})  # and its traceback follows
         if error is None and self._answer is not None:
-            document, words = self._answer
+            self._print(*self._answer)
+
+    def _print(self, document: Any, words: tuple[RenderableType, ...]) -> None:
+        try:
             if self.json:
                 print_json(document)
             elif not self.quiet:
                 console = answer_console()
-                for word in words:
-                    console.print(word)
+                with console.capture() as printed:  # rich would end the program where the pipe is closed
+                    for word in words:
+                        console.print(word)
+                sys.stdout.write(printed.get())
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes
+            raise typer.Exit(BROKEN_PIPE) from error
 
 
 def is_bad_input(error: BaseException) -> bool:
@@ -89,7 +98,8 @@ def say_error(message: str, kind: str, *, json: bool, label: str = "error: ") ->
         print_json({"error": message, "kind": kind})
     else:
         console = Console(stderr=True, highlight=False)
-        console.print(Text(label, style="bold red") + Text(message, style="not bold default"), soft_wrap=True)
+        paragraph = Text.assemble((label, "bold red"), message)
+        console.print(paragraph, soft_wrap=not console.is_terminal)
 
 
 def print_json(document: Any) -> None:
@@ -106,18 +116,19 @@ def answer_console() -> Console:
 
 
 def quiet_libraries(*, progress_bars: bool) -> None:
-    """Keep what transformers and the hub's client say of themselves off the screen; call before they are used.
+    """Keep what transformers and the hub's client say of themselves off the screen; call it first.
 
     A download's progress bar stays where a person is looking, on standard error.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not progress_bars:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    if not progress_bars:
+        disable_progress_bars()
 
 
 @contextlib.contextmanager

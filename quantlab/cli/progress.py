@@ -1,4 +1,4 @@
-"""What a person sees of a run while it works: a live display on a terminal, lines elsewhere, lines with times in a log."""
+"""What a person sees of a run while it works: a live display on a terminal, else plain lines; and a log."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, TextIO
 import psutil
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from quantlab.cli.show import clock, describe_calibration, number, scheme_name, size
+from quantlab.cli.tracker import Tracker
 
 if TYPE_CHECKING:
     from quantlab.engine.progress import Start
@@ -28,93 +29,6 @@ if TYPE_CHECKING:
 # The same note (but for its numbers) is told of so many layers; the summary counts them all.
 _TOLD_NOTES = 3
 _RECENT = 5
-
-
-class Tracker:
-    """Where a run is, and how long the rest takes, judged by the blocks that were done in this run.
-
-    Attributes:
-        what: the run in words.
-        began: when, by ``time.perf_counter``.
-        start: what is to be done; None until everything is checked.
-        block: the block at work, or "" for what is outside the blocks.
-        reports: one for each layer done in this run.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.began = time.perf_counter()
-        self.start: Start | None = None
-        self.block = ""
-        self.reports: list[LayerReport] = []
-        self._weights: dict[str, int] = {}
-        self._seconds: dict[str, float] = {}
-        self._since = self.began
-
-    def begin(self, start: Start) -> None:
-        """Work begins."""
-        self.start = start
-        for layer in start.plan.values():
-            self._weights[layer.block] = self._weights.get(layer.block, 0) + layer.shape[0] * layer.shape[1]
-
-    def enter(self, block: str) -> str | None:
-        """The next block begins; the block that is thereby done, if it was done in this run."""
-        done = self.leave()
-        self.block, self._since = block, time.perf_counter()
-        return done
-
-    def leave(self) -> str | None:
-        """The block is done; its name, if it was done in this run."""
-        assert self.start is not None
-        block = self.block
-        if not block or block in self.start.resumed or block in self._seconds:
-            return None
-        self._seconds[block] = time.perf_counter() - self._since
-        return block
-
-    @property
-    def total(self) -> int:
-        """Blocks of the model."""
-        return len(self.start.architecture.blocks) if self.start else 0
-
-    @property
-    def done(self) -> int:
-        """Blocks done, by this run or by an interrupted one before it."""
-        return len([block for block in self.start.resumed if block]) + len(self._seconds) if self.start else 0
-
-    @property
-    def share(self) -> float:
-        """The share of the weights to be quantized that are done, 0 to 1."""
-        resumed = sum(self._weights.get(block, 0) for block in self.start.resumed) if self.start else 0
-        done = resumed + sum(report.shape[0] * report.shape[1] for report in self.reports)
-        return done / max(1, sum(self._weights.values()))
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the command began."""
-        return time.perf_counter() - self.began
-
-    def seconds(self, block: str) -> float:
-        """How long a block took that was done in this run."""
-        return self._seconds[block]
-
-    def remaining(self) -> float | None:
-        """Seconds that the rest will take at the pace of the blocks done in this run; None before there is one."""
-        paced = sum(self._weights.get(block, 0) for block in self._seconds)
-        if self.start is None or not paced:
-            return None
-        resumed = sum(self._weights.get(block, 0) for block in self.start.resumed)
-        left = sum(self._weights.values()) - resumed - paced
-        at_work = time.perf_counter() - self._since if self.block not in self._seconds else 0.0
-        return max(0.0, left * sum(self._seconds.values()) / paced - at_work)
-
-    def next_layer(self) -> str | None:
-        """The layer at work, as far as the plan tells."""
-        done = {report.layer for report in self.reports}
-        planned = self.start.plan.values() if self.start else ()
-        return next(
-            (layer.name for layer in planned if layer.block == self.block and layer.name not in done), None
-        )
 
 
 class Writer:
@@ -200,8 +114,8 @@ class Watch:
         if tracker.done >= tracker.total:
             return "interrupted after the last block; run the same command again to finish"
         return (
-            f"interrupted; {tracker.done} of {tracker.total} blocks are done and kept: run the same command again to go "
-            f"on at block {tracker.done + 1}"
+            f"interrupted; {tracker.done} of {tracker.total} blocks are done and kept: run the same command "
+            f"again to go on at block {tracker.done + 1}"
         )
 
     def _block_done(self, block: str | None) -> None:
@@ -218,7 +132,7 @@ class Lines(Writer):
 
     def open(self, tracker: Tracker) -> None:
         """The command begins."""
-        self._line(f"{tracker.what}: reading the model and the calibration text")
+        self._line(f"{tracker.what}: reading the model")
 
     def started(self, tracker: Tracker) -> None:
         """Everything is checked, work begins."""
@@ -260,11 +174,12 @@ class Log(Lines):
                 f"--log {file}: cannot be written ({error.strerror}); choose another file"
             ) from error
 
-    def layer(self, tracker: Tracker, report: LayerReport) -> None:
+    def layer(self, tracker: Tracker, report: LayerReport) -> None:  # noqa: ARG002
         """A layer is done."""
         self._line(
-            f"{report.layer}: {scheme_name(report.format, report.granularity)} {report.quantizer}, {report.bits:.2f} bits, "
-            f"{report.metric} error {number(report.error)}, {report.tokens} tokens, {report.seconds or 0:.1f} s"
+            f"{report.layer}: {scheme_name(report.format, report.granularity)} {report.quantizer}, "
+            f"{report.bits:.2f} bits, {report.metric} error {number(report.error)}, {report.tokens} tokens, "
+            f"{report.seconds or 0:.1f} s"
         )
 
     def close(self, tracker: Tracker, error: BaseException | None) -> None:
@@ -279,74 +194,67 @@ class Log(Lines):
 
 
 class Screen(Writer):
-    """A live display on a terminal."""
+    """A live display on a terminal, once the work begins; until then a download may show its own."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
-        self._tracker: Tracker | None = None
 
     def open(self, tracker: Tracker) -> None:
         """The command begins."""
-        self._tracker = tracker
+        self._console.print(Text(f"{tracker.what}: reading the model", style="dim"))
+
+    def started(self, tracker: Tracker) -> None:
+        """Everything is checked, work begins."""
+        for line in _opening(tracker):
+            self._console.print(Text(line))
         self._live = Live(
             console=self._console,
-            get_renderable=self._render,
+            get_renderable=lambda: _display(tracker, self._console.width),
             refresh_per_second=4,
             transient=True,
             redirect_stdout=False,
         )
         self._live.start()
 
-    def started(self, tracker: Tracker) -> None:
-        """Everything is checked, work begins."""
-        for line in _opening(tracker):
-            self._console.print(Text(line))
-
     def warn(self, warning: str) -> None:
         """Something that a person should know."""
         self._console.print(Text("note: ", style="yellow") + Text(warning, style="default"))
 
-    def close(self, tracker: Tracker, error: BaseException | None) -> None:
+    def close(self, tracker: Tracker, error: BaseException | None) -> None:  # noqa: ARG002
         """The command ends."""
         if self._live is not None:
             self._live.stop()
 
-    def _render(self) -> RenderableType:
-        tracker = self._tracker
-        if tracker is None or tracker.start is None:
-            waiting = (
-                f"reading the model and the calibration text  {clock(tracker.elapsed) if tracker else ''}"
-            )
-            return Group(Text(tracker.what if tracker else "", style="bold"), Text(waiting, style="dim"))
-        at = min(tracker.done + 1, tracker.total)
-        bar = Table.grid(padding=(0, 2, 0, 0))
-        bar.add_row(
-            Text(f"block {at} of {tracker.total}", style="bold"),
-            ProgressBar(total=1, completed=tracker.share, width=max(10, min(40, self._console.width - 40))),
-            f"{tracker.share:.0%}",
-        )
-        left = tracker.remaining()
-        figures = [
-            f"{clock(tracker.elapsed)} elapsed",
-            "time left: after this block" if left is None else f"about {clock(left)} left",
-            f"{size(psutil.Process().memory_info().rss)} of memory",
-        ]
-        if tokens := tracker.start.calibration.get("tokens"):
-            figures.append(f"{tokens:,} tokens")
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True, overflow="ellipsis")
-        for _ in range(3):
-            table.add_column(justify="right", no_wrap=True)
-        for report in tracker.reports[-_RECENT:]:
-            seconds = f"{report.seconds or 0:.1f} s"
-            table.add_row(
-                report.layer, scheme_name(report.format, report.granularity), number(report.error), seconds
-            )
-        table.add_row(
-            tracker.next_layer() or tracker.block or "outside the blocks", "", "", "...", style="cyan"
-        )
-        return Group(bar, Text(" · ".join(figures), style="dim"), table)
+
+def _display(tracker: Tracker, width: int) -> RenderableType:
+    """How far the run is, and the last layers."""
+    assert tracker.start is not None
+    at = min(tracker.done + 1, tracker.total)
+    bar = Table.grid(padding=(0, 2, 0, 0))
+    bar.add_row(
+        Text(f"block {at} of {tracker.total}", style="bold"),
+        ProgressBar(total=1, completed=tracker.share, width=max(10, min(40, width - 40))),
+        f"{tracker.share:.0%}",
+    )
+    left = tracker.remaining()
+    figures = [
+        f"{clock(tracker.elapsed)} elapsed",
+        "time left: after this block" if left is None else f"about {clock(left)} left",
+        f"{size(psutil.Process().memory_info().rss)} of memory",
+    ]
+    if tokens := tracker.start.calibration.get("tokens"):
+        figures.append(f"{tokens:,} tokens")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
+    for report in tracker.reports[-_RECENT:]:
+        scheme = scheme_name(report.format, report.granularity)
+        table.add_row(report.layer, scheme, number(report.error), f"{report.seconds or 0:.1f} s")
+    now = tracker.next_layer() or tracker.block or "outside the blocks"
+    table.add_row(now, "", "", "...", style="cyan")
+    return Group(bar, Text(" · ".join(figures), style="dim"), table)
 
 
 def stderr_console() -> Console:
@@ -355,7 +263,7 @@ def stderr_console() -> Console:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held at any time, as far as the system tells; or what it holds now."""
+    """The most bytes that this process has held at any time; on some systems, what it holds now."""
     try:
         import resource
     except ImportError:  # Windows
@@ -368,7 +276,8 @@ def peak_memory() -> int:
 def writers(console: Console, *, quiet: bool, log: Path | None) -> Iterator[Writer]:
     """The places where a run is shown: the screen or plain lines, and the log."""
     if not quiet:
-        yield Screen(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console.file)  # type: ignore[arg-type]
+        on_screen = console.is_terminal and not console.is_dumb_terminal
+        yield Screen(console) if on_screen else Lines(sys.stderr)
     if log is not None:
         yield Log.append_to(log)
 
@@ -380,20 +289,30 @@ def note_kind(note: str) -> str:
 
 @contextmanager
 def window_progress(console: Console, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A function to be told of the windows that are done and all that there are: a bar, or a line now and then."""
+    """A function to be told of the windows done and the windows in all: a bar, or a line now and then."""
     if quiet:
         yield lambda _done, _total: None
-    elif not console.is_terminal or console.is_dumb_terminal:
-        console.print(Text(f"{what}: reading the text and loading"), soft_wrap=True)
+        return
+    console.print(Text(f"{what}: reading the text and loading", style="dim"), soft_wrap=True)
+    if not console.is_terminal or console.is_dumb_terminal:
         yield _window_lines(console)
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-        times = (TimeElapsedColumn(), TextColumn("elapsed, left"), TimeRemainingColumn())
-        with Progress(*columns, *times, console=console, transient=True, redirect_stdout=False) as bar:
-            task = bar.add_task("reading the text and loading", total=None)
-            yield lambda done, total: bar.update(
-                task, description=f"window {done} of {total}", completed=done, total=total
-            )
+        return
+    columns = (TextColumn("window {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
+    task = bar.add_task("elapsed", start=False)
+    began = time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        left = (time.perf_counter() - began) / done * (total - done)
+        bar.update(task, completed=done, total=total, description=f"elapsed, about {clock(left)} left")
+        if done == 1:  # a download may have shown its own bar until here
+            bar.start_task(task)
+            bar.start()
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
 
 
 def _window_lines(console: Console) -> Callable[[int, int], None]:
@@ -420,7 +339,7 @@ def _opening(tracker: Tracker) -> Iterator[str]:
     for line in describe_calibration(start.calibration):
         yield f"calibration: {line}"
     if resumed := len([block for block in start.resumed if block]):
-        yield f"an interrupted run had done {resumed} of {tracker.total} blocks: going on at block {resumed + 1}"
+        yield f"an interrupted run did {resumed} of {tracker.total} blocks: going on at block {resumed + 1}"
 
 
 def _block_line(tracker: Tracker, block: str) -> str:

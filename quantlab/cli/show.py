@@ -14,10 +14,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from quantlab.engine.quantize import Result
     from quantlab.engine.report import LayerReport
-    from quantlab.evaluate import Evaluation
-    from quantlab.inspect import InspectedLayer, Inspection
+    from quantlab.evaluation import Evaluation
+    from quantlab.inspection import InspectedLayer, Inspection
 
 _WORST = 3
+_LAYER_HEADERS = ("format", "shape", "bits", "error", "size")
 _METRICS = {
     "output": "of the layers' outputs",
     "weighted": "of the weights, weighted by their inputs",
@@ -55,7 +56,8 @@ def scheme_name(format: str, granularity: int | str) -> str:
 def describe_calibration(calibration: Mapping[str, Any]) -> Iterator[str]:
     """How calibration data came about; nothing if there was none."""
     if calibration:
-        line = f"{calibration['samples']} sequences of {calibration['length']} tokens from {calibration['source']}"
+        samples, length = calibration["samples"], calibration["length"]
+        line = f"{samples} sequences of {length} tokens from {calibration['source']}"
         if "available" in calibration:
             line += f" ({calibration['available']} available)"
         yield f"{line}, {_bos(calibration['bos'])}" if "bos" in calibration else line
@@ -128,9 +130,10 @@ def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
     choices.add_row("text", f"{evaluation.text} ({evaluation.origin})")
     choices.add_row(
         "windows",
-        f"{measured.windows} of {settings['window_length']} tokens, {measured.tokens:,} predicted; {_bos(settings['bos'])}",
+        f"{measured.windows} of {settings['window_length']} tokens, {measured.tokens:,} predicted; "
+        f"{_bos(settings['bos'])}",
     )
-    left = f"{settings['beyond_limit']:,} not asked for, {settings['dropped_tail']:,} at the end too few for a window"
+    left = f"{settings['beyond_limit']:,} not asked for, {settings['dropped_tail']:,} too few for a window"
     choices.add_row("tokens", f"{settings['stream_tokens']:,} in the text, {left}")
     choices.add_row("documents", f"{settings['documents']:,}, joined by {settings['joiner']!r}")
     for label, note in zip(_repeated("notes"), evaluation.notes, strict=False):
@@ -156,7 +159,8 @@ def inspected(
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("layer", overflow="fold", ratio=1)
-    for header in ("format", "shape", "bits", "error", "size"):
+    headers = ("layers", "format", "bits", "mean ≤ max error", "size") if fold else _LAYER_HEADERS
+    for header in headers:
         table.add_column(header, justify="right" if header != "format" else "left", no_wrap=True)
     for row in _folded_rows(layers) if fold else map(_layer_row, layers):
         table.add_row(*row)
@@ -240,12 +244,12 @@ def _folded_rows(layers: Iterable[InspectedLayer]) -> Iterator[tuple[str, ...]]:
     for layer in layers:
         scheme = scheme_name(layer.format, layer.granularity)
         families.setdefault((_family(layer.layer), scheme, layer.shape), []).append(layer)
-    for (name, scheme, shape), members in families.items():
+    for (name, scheme, _), members in families.items():
         errors = [layer.error for layer in members if layer.error is not None]
         spread = f"{number(sum(errors) / len(errors))} ≤ {number(max(errors))}" if errors else ""
         bits = 8 * sum(layer.bytes for layer in members) / sum(layer.weights for layer in members)
         total = size(sum(layer.bytes for layer in members))
-        yield _times(name, len(members)), scheme, _shape(shape), f"{bits:.2f}", spread, total
+        yield name, str(len(members)), scheme, f"{bits:.2f}", spread, total
 
 
 def _family(name: str) -> str:

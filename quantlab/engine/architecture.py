@@ -16,6 +16,11 @@ from quantlab.errors import PreflightError
 from quantlab.nn import UnfusedExperts
 
 
+# Subclasses of nn.Linear that compute what nn.Linear computes. Other subclasses (routers, layers of several groups) may
+# not, and stay as they are.
+_PLAIN_SUBCLASSES = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The parts of a model that matter here, by module name.
@@ -75,7 +80,9 @@ def describe(model: nn.Module) -> Architecture:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer: ``nn.Linear`` itself, or GPT-2's transposed ``Conv1D``."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
+    kind = type(module)
+    plain = kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in _PLAIN_SUBCLASSES
+    return plain or isinstance(module, Conv1D)
 
 
 def features(module: nn.Module) -> tuple[int, int]:

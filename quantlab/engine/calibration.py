@@ -51,6 +51,11 @@ def prepare(choice: Calibration, tokenizer: Any, config: Any, text: CalibrationT
     """
     if isinstance(text, torch.Tensor):
         return _from_tokens(text, config)
+    if text is not None and (isinstance(text, str) or not all(isinstance(document, str) for document in text)):
+        raise DataError(
+            f"calibration is a {type(text).__name__}; give a list of documents (strings), or token ids as an integer "
+            "tensor [samples, length]; a file or data set is named in the recipe: --set calibration.source=..."
+        )
     check_length(config, choice.length)
     source = choice.source if text is None else "given documents"
     documents = list(text) if text is not None else load_documents(

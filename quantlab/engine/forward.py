@@ -13,6 +13,7 @@ switched off by whoever runs forwards, around all of them: the switch is the thr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
+
+from quantlab.errors import PreflightError, QuantlabError
 
 
 class Forward(greenlet):
@@ -39,16 +42,29 @@ class Forward(greenlet):
         self.stops = stops
         self.at: str | None = None
         self.input: torch.Tensor | None = None
-        self.log: list[tuple[str, torch.Tensor]] | None = None
+        self.log: list[tuple[str, torch.Tensor, int]] | None = None
 
     def _forward(self) -> None:
-        self.model(input_ids=self.batch, **_without_cache(self.model))
+        self.model(**_inputs(self.model, self.batch))
 
     def advance(self) -> None:
-        """Run to the next stop, or to the end."""
+        """Run to the next stop, or to the end.
+
+        Raises:
+            PreflightError: the model's own code failed.
+        """
         self.at, self.input = None, None
         self.parent = getcurrent()
-        self.switch()
+        try:
+            self.switch()
+        except (QuantlabError, MemoryError):
+            raise
+        except Exception as error:  # whatever the model's code raises
+            reason = " ".join(str(error).split())
+            raise PreflightError(
+                f"{type(self.model).__name__} cannot be run on calibration tokens alone ({type(error).__name__}: "
+                f"{reason}); use a recipe that needs no calibration, for example w4-rtn with --set scale_search=mse"
+            ) from error
 
     def cancel(self) -> None:
         """Give up the rest of the way and everything that it holds."""
@@ -60,7 +76,7 @@ class Forward(greenlet):
     def arrive(self, name: str, x: torch.Tensor) -> None:
         """Called by a hook before the module ``name`` runs on ``x``."""
         if self.log is not None:
-            self.log.append((name, x))
+            self.log.append((name, x, x._version))
         if name in self.stops:
             self.at, self.input = name, x
             assert self.parent is not None
@@ -87,21 +103,28 @@ def watched(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             handle.remove()
 
 
-def shared_inputs(log: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
+def shared_inputs(log: Iterable[tuple[str, torch.Tensor, int]]) -> list[list[str]]:
     """Group the layers of a log by the tensor that they were handed: q/k/v, gate/up, parallel attention and MLP.
 
-    Two layers share an input if they saw the same memory in the same shape. The log keeps its tensors alive, so an
-    address is not used twice.
+    Two layers share an input if they saw the same memory in the same shape, not written to in between. The log keeps
+    its tensors alive, so an address is not used twice.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     seen: set[str] = set()
-    for name, x in log:
+    for name, x, version in log:
         if name not in seen:
-            groups.setdefault((x.data_ptr(), x.numel(), x.shape[-1]), []).append(name)
+            groups.setdefault((x.data_ptr(), version, x.numel(), x.shape[-1]), []).append(name)
             seen.add(name)
     return list(groups.values())
 
 
-def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments that keep a decoder from storing keys and values that nobody will read."""
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+def _inputs(model: nn.Module, batch: torch.Tensor) -> dict[str, Any]:
+    """The arguments of the model's forward: a decoder that has an encoder sees the same text as the encoder."""
+    parameters = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": batch}
+    if "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = batch
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or (takes_any and hasattr(getattr(model, "config", None), "use_cache")):
+        inputs["use_cache"] = False  # nobody will read the keys and values
+    return inputs

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from quantlab.checkpoint.native import read_layer
-from quantlab.checkpoint.writer import CheckpointWriter, shard_name
+from quantlab.checkpoint.writer import CheckpointWriter, read_header, shard_name
 from quantlab.engine.report import LayerReport
-from quantlab.errors import PreflightError
+from quantlab.errors import CheckpointError, PreflightError
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 
 LOG = "run.jsonl"
+_NEW_LOG = f"{LOG}.partial"
 
 
 def partial_folder(out: Path) -> Path:
@@ -61,7 +62,7 @@ class Journal:
         lines = self._read(identity)
         self.writer = CheckpointWriter(self.folder)
         if lines is None:
-            self._write([json.dumps({"kind": "run", **identity}, sort_keys=True)], "w")
+            self._write([json.dumps({"kind": "run", **identity}, sort_keys=True)])
         else:
             self._replay(lines)
         self.resumed = tuple(self._done)
@@ -88,10 +89,15 @@ class Journal:
         records = [
             {"kind": "layer", **report.record(), "storage": storages[report.layer].to_dict()} for report in reports
         ]
-        self._write([json.dumps(record) for record in [*records, {"kind": "block", "block": block}]], "a")
+        self._write([json.dumps(record) for record in [*records, {"kind": "block", "block": block}]], append=True)
         self._done.append(block)
         self.reports += reports
         self.storages |= storages
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that failed before its first block was done."""
+        if not self._done:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
         """Put the complete result in its place, whole."""
@@ -103,10 +109,10 @@ class Journal:
         """The lines of an interrupted run, or None if there is none."""
         log = self.folder / LOG
         if not log.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and (not self.folder.is_dir() or set(os.listdir(self.folder)) - {_NEW_LOG}):
                 raise PreflightError(f"{self.folder} is in the way: it is not a run of quantlab; move it, or choose another --out")
             return None
-        lines = log.read_text(encoding="utf-8").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         header = _parse(lines[0]) if lines else None
         if header is None:
             return None  # killed while it wrote its very first line
@@ -129,18 +135,30 @@ class Journal:
                 break
             if record["kind"] == "layer":
                 waiting.append(record)
-            elif record["kind"] == "block" and self.writer.has(self._shards.get(record["block"], "")):
+            elif not self._whole(self._shards.get(record["block"], "")):
+                break  # somebody removed or damaged the shard: what came after it is done again
+            else:
                 self._done.append(record["block"])
                 self.reports += [LayerReport.from_record(entry) for entry in waiting]
                 self.storages |= {entry["layer"]: Storage.from_dict(entry["storage"]) for entry in waiting}
                 waiting, kept = [], pending
-        self._write(lines[:kept], "w")
+        self._write(lines[:kept])
 
-    def _write(self, lines: list[str], mode: str) -> None:
-        with open(self.folder / LOG, mode, encoding="utf-8") as stream:
+    def _whole(self, shard: str) -> bool:
+        try:
+            return self.writer.has(shard) and bool(read_header(self.folder / shard))
+        except CheckpointError:
+            return False
+
+    def _write(self, lines: list[str], *, append: bool = False) -> None:
+        """Append to the log, or replace it, whole."""
+        log = self.folder / LOG
+        path = log if append else self.folder / _NEW_LOG
+        with open(path, "a" if append else "w", encoding="utf-8") as stream:
             stream.write("".join(line + "\n" for line in lines))
             stream.flush()
             os.fsync(stream.fileno())
+        os.replace(path, log)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

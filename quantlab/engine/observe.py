@@ -16,6 +16,8 @@ from quantlab.quantizers import InputStatistics, Statistic
 
 # Tokens of the first batch that run ahead of the others to see which layers share an input.
 _SCOUT_TOKENS = 8
+# One batch in so many is held out of the comparison with the original model, to judge what the others say.
+_HELD_OUT = 8
 
 
 class Calibration:
@@ -139,7 +141,10 @@ class Calibration:
         for index in arrived:
             x = self._forwards[index].input
             assert x is not None
-            accumulator.add(x, self._twins[index].input if paired else None)
+            accumulator.add(x)
+            original = self._twins[index].input if paired else None
+            if original is not None:
+                accumulator.compare(x, original, held_out=index % _HELD_OUT == _HELD_OUT - 1)
         return accumulator.finish()
 
     def _advance(self, indices: Iterable[int]) -> None:

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, p
 from quantlab.engine import preflight
 from quantlab.engine.architecture import Architecture, describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
-from quantlab.engine.journal import Journal, partial_folder
+from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import OUTSIDE, Run
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
@@ -93,7 +94,7 @@ def quantize(
     """
     progress = progress or Silent()
     started = time.perf_counter()
-    out = Path(out)
+    out = Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
     _check_out(out, overwrite)
     source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
@@ -102,17 +103,21 @@ def quantize(
     plan = preflight.plan(chosen, architecture, skeleton)
     data = None
     if any(layer.needs for layer in plan.values()):
-        if tokenizer is None and not _is_tokens(calibration):
+        if tokenizer is None and not isinstance(calibration, torch.Tensor):
             tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
     preflight.check_resources(plan, architecture, skeleton, data.tokens.numel() if data else 0, out)
 
-    if restart:
-        shutil.rmtree(partial_folder(out), ignore_errors=True)
+    if restart and (partial_folder(out) / LOG).is_file():
+        shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
     progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
     batches = data.batches() if data else []
-    Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
+    try:
+        Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
+    except BaseException:
+        journal.abandon()
+        raise
     _finish(journal, source, chosen)
     result = Result(
         folder=out,
@@ -129,18 +134,16 @@ def quantize(
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise PreflightError(f"{out} is a file; choose another --out")
+    if out.is_symlink() or out.is_mount():  # could not be replaced by the finished folder
+        what = "symbolic link" if out.is_symlink() else "mount point"
+        raise PreflightError(f"{out} is a {what}; choose a folder in it: --out {out / 'model'}")
     if out.is_dir() and any(out.iterdir()):
-        ours = (out / RECIPE).is_file()
-        if not ours:
+        if not all((out / name).is_file() for name in (RECIPE, LOG, "config.json")):
             raise PreflightError(f"{out} holds something that quantlab did not write; choose another --out")
         if not overwrite:
             raise PreflightError(f"{out} already holds a quantized model; choose another --out, or add --overwrite")
-
-
-def _is_tokens(calibration: CalibrationText | None) -> bool:
-    return calibration is not None and not isinstance(calibration, list | tuple)
 
 
 def _identity(source: ModelSource, recipe: Recipe, data: CalibrationData | None) -> dict[str, Any]:

@@ -23,36 +23,48 @@ class InputAccumulator:
     def __init__(self, wanted: Statistic, width: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self._wanted = wanted
-        self._moment = self._shift = self._diagonal = None
+        self._moment = self._diagonal = self._shift = self._held_out = None
+        self._compared = self._held_out_compared = 0
         if Statistic.SECOND_MOMENT in wanted:
             self._moment = torch.zeros(width, width, device=device)
         elif Statistic.DIAGONAL in wanted:
             self._diagonal = torch.zeros(width, device=device)
         if Statistic.SHIFT in wanted:
             self._shift = torch.zeros(width, width, device=device)
+            self._held_out = torch.zeros(width, width, device=device)
 
-    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        """Take in inputs ``[..., in]``; ``original`` are the same tokens' inputs in the unquantized model."""
+    def add(self, x: torch.Tensor) -> None:
+        """Take in inputs ``[..., in]``."""
         x = x.reshape(-1, x.shape[-1])
         self.tokens += len(x)
         if self._moment is not None:
             _add_product(self._moment, x, x)
         if self._diagonal is not None:
             self._diagonal += x.float().square().sum(0)
-        if self._shift is not None and original is not None:
-            _add_product(self._shift, original.reshape(x.shape) - x, x)
+
+    def compare(self, x: torch.Tensor, original: torch.Tensor, held_out: bool) -> None:
+        """Take in the difference to the same tokens' inputs in the original model, both ``[..., in]``."""
+        x = x.reshape(-1, x.shape[-1])
+        difference = original.reshape(x.shape) - x
+        assert self._shift is not None and self._held_out is not None
+        _add_product(self._held_out if held_out else self._shift, difference, x)
+        if held_out:
+            self._held_out_compared += len(x)
+        else:
+            self._compared += len(x)
 
     def finish(self) -> InputStatistics:
         """The means over all tokens."""
-        count = max(self.tokens, 1)
         if self._moment is not None:
             # Only the lower triangle was summed.
-            self._moment = self._moment.tril_().add_(self._moment.tril(-1).T).div_(count)
+            self._moment = self._moment.tril_().add_(self._moment.tril(-1).T).div_(max(self.tokens, 1))
             self._diagonal = self._moment.diagonal()
         elif self._diagonal is not None:
-            self._diagonal = self._diagonal / count
-        shift = None if self._shift is None else self._shift.div_(count)
-        return InputStatistics(self.tokens, self._moment, self._diagonal, shift)
+            self._diagonal = self._diagonal / max(self.tokens, 1)
+        shift = None if self._shift is None else self._shift.div_(max(self._compared, 1))
+        enough = self._held_out is not None and self._held_out_compared > 0
+        held_out = self._held_out.div_(self._held_out_compared) if enough else None  # type: ignore[union-attr]
+        return InputStatistics(self.tokens, self._moment, self._diagonal, shift, held_out)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

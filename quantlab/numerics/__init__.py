@@ -4,4 +4,4 @@ from quantlab.numerics.grid import Grid, grid
 from quantlab.numerics.qtensor import LowRank, QTensor
 from quantlab.numerics.scale import Granularity, apply_scales, choose_scales, group_view
 
-__all__ = ["Grid", "Granularity", "LowRank", "QTensor", "apply_scales", "choose_scales", "grid", "group_view"]
+__all__ = ["Granularity", "Grid", "LowRank", "QTensor", "apply_scales", "choose_scales", "grid", "group_view"]

@@ -1,7 +1,7 @@
 """What a code can mean: a grid is a sorted table of at most 2^bits numbers.
 
-A weight is ``(grid[code] - zero) * scale``. Every scalar format is such a table, so every rounding method works
-with every format: all that it asks of one is the nearest entry.
+A weight is ``(grid[code] - zero) * scale``. Every scalar format is such a table, so every rounding method
+works with every format: all that it asks of one is the nearest entry.
 """
 
 from __future__ import annotations

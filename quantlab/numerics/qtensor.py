@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from quantlab_kernels import decode
 
 from quantlab.numerics.grid import Grid
-from quantlab_kernels import decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,8 @@ class QTensor:
         """
         if self.scales.shape[0] != self.shape[0] or self.low_rank is not None:
             raise ValueError("only a tensor whose rows have scales of their own can be cut")
+        if sum(rows) != self.shape[0]:
+            raise ValueError(f"parts of {rows} rows do not add up to {self.shape[0]}")
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
         parts = zip(self.codes.split(rows), self.scales.split(rows), zeros, strict=True)
         return [QTensor(codes, scales, zero, self.grid) for codes, scales, zero in parts]

@@ -106,8 +106,8 @@ def _symmetric(
         return absmax.squeeze(-1), None
     weighted = groups if importance is None else groups * importance
     inverse = torch.where(absmax == 0, 0, 1 / absmax)
-    # A one-sided grid (int: -8..7) is also tried the other way round, where the extreme weight takes the +7.
-    signs = (1, -1) if grid.lowest != -grid.highest else (1,)
+    # A lopsided grid (int: -8..7) is also tried the other way round, where the extreme weight takes the +7.
+    signs = (1,) if torch.equal(grid.values, -grid.values.flip(0)) else (1, -1)
     best_gain = torch.full_like(inverse, -1.0)
     best = absmax.clone()
     for sign in signs:
@@ -129,8 +129,8 @@ def _try_scale(
 ) -> None:
     """Round with ``1 / inverse``, fit the scale to the codes by least squares, keep it where it errs less.
 
-    With codes q the best scale is ``<w, q> / <q, q>`` (in the importance metric), and the squared error that it
-    leaves is ``<w, w> - <w, q>^2 / <q, q>``: the larger that gain, the smaller the error.
+    With codes q the best scale is ``<w, q> / <q, q>`` (in the importance metric), and the squared error that
+    it leaves is ``<w, w> - <w, q>^2 / <q, q>``: the larger that gain, the smaller the error.
     """
     q = grid.round(groups * inverse)
     dot = (weighted * q).sum(-1, keepdim=True)

@@ -21,7 +21,7 @@ class Statistic(enum.Flag):
     NONE = 0
     DIAGONAL = enum.auto()  # E[x_j^2]
     SECOND_MOMENT = enum.auto()  # E[x x^T]; its diagonal comes with it
-    SHIFT = enum.auto()  # E[(x_o - x) x^T]: x_o is the same token's input in the original model
+    SHIFT = enum.auto()  # E[(x_o - x) x^T]: x_o is the same token's input in the original model; once more, held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,14 @@ class InputStatistics:
         second_moment: ``E[x x^T]``, float32 ``[in, in]``.
         diagonal: ``E[x_j^2]``, float32 ``[in]``.
         shift: ``E[(x_o - x) x^T]``, float32 ``[in, in]``, x_o from the original model and x from the quantized.
+        held_out_shift: the same over sequences that are not part of ``shift``; None if there were too few.
     """
 
     tokens: int
     second_moment: torch.Tensor | None = None
     diagonal: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    held_out_shift: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

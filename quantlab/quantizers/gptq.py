@@ -20,7 +20,7 @@ import torch
 
 from quantlab.errors import RecipeError
 from quantlab.numerics import Granularity, QTensor, choose_scales
-from quantlab.quantizers.base import LayerProblem, Solution, Statistic, register, require
+from quantlab.quantizers.base import InputStatistics, LayerProblem, Solution, Statistic, register, require
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
 
@@ -39,7 +39,8 @@ class Gptq:
             beforehand (static groups). ``group-aware`` (GAR, arXiv:2505.14638): falling inside each group and
             group by group, so that a group's scale is chosen when its turn comes. ``natural``: as they stand.
         asym: how far the target moves from ``W`` towards ``W E[x_o x^T] H^-1``, which reproduces the *original*
-            model's output from the quantized model's input: 0 (not at all) to 1.
+            model's output from the quantized model's input: 0 (not at all) to 1, as a fraction of the step that is
+            best on held-out sequences (see :func:`target_shift`).
         block: columns between two updates of the rest (speed only; the codes do not depend on it).
     """
 
@@ -77,11 +78,7 @@ class Gptq:
 
         target = problem.weight.masked_fill(diagonal == 0, 0)  # an input that is never on: its weights are free
         if self.asym:
-            assert statistics.shift is not None
-            step = (target @ statistics.shift)[:, order]  # W* - W = W E[(x_o - x) x^T] H^-1
-            step = torch.linalg.solve_triangular(factor.T, step, upper=False, left=False)
-            step = torch.linalg.solve_triangular(factor, step, upper=True, left=False)
-            target = target.index_add(1, order, step, alpha=self.asym)
+            target = target + self.asym * target_shift(target, statistics, factor, order)
 
         qtensor, loss = self._round(target, factor, order, scheme, problem.importance(scheme))
         error = target - qtensor.dequantize()
@@ -173,6 +170,28 @@ def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
         if not failed and bool(lower.isfinite().all()):
             return lower.flip(0, 1), damping
         damping *= 2
+
+
+def target_shift(
+    weight: torch.Tensor, statistics: InputStatistics, factor: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """The step from ``W`` towards the target that reproduces the original model's output: ``[out, in]``.
+
+    The least-squares step is ``S = W E[(x_o - x) x^T] H^-1``, a regression with one coefficient for each input of each
+    output. With some ten or twenty tokens a coefficient much of it is noise, which fits the calibration text and nothing
+    else, and every later layer is then fitted to inputs that look better than they are: at full strength a model is
+    ruined. So the step is scaled by what minimizes the error on held-out sequences,
+    ``<S, W D_held> / <S, S H>`` (1 where these say the same as the others), and dropped where they disagree.
+    """
+    assert statistics.shift is not None
+    step = (weight @ statistics.shift)[:, order]
+    step = torch.linalg.solve_triangular(factor.T, step, upper=False, left=False)
+    energy = step.square().sum()  # of S C: <S, S H>
+    step = torch.linalg.solve_triangular(factor, step, upper=True, left=False)
+    if statistics.held_out_shift is not None:
+        agreement = ((weight @ statistics.held_out_shift)[:, order] * step).sum()
+        step *= (agreement / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
+    return torch.empty_like(step).index_copy_(1, order, step)
 
 
 def column_order(diagonal: torch.Tensor, order: str, granularity: Granularity) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is in a folder that quantlab wrote: layer by layer, from its headers and its log; no weight is read."""
+"""What is in a folder that quantlab wrote, layer by layer: from its headers and its log, not its weights."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ class Inspection:
 def inspect(folder: str | Path) -> Inspection:
     """Look into a folder that quantlab wrote.
 
-    Reads ``config.json``, the headers of the weight files, ``run.jsonl`` and ``recipe.yaml``; the last two may be
-    missing, and with them goes what only they say (errors, methods, notes).
+    Reads ``config.json``, the headers of the weight files, ``run.jsonl`` and ``recipe.yaml``; the last two
+    may be missing, and with them goes what only they say (errors, methods, notes).
 
     Raises:
         CheckpointError: not such a folder, not complete, or its parts do not belong together.
@@ -178,7 +178,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         if (folder / LOG).is_file():
             raise CheckpointError(
-                f"{folder}: holds an interrupted run; give its `quantlab quantize` command again to complete it"
+                f"{folder}: holds an interrupted run; repeat its `quantlab quantize` command to complete it"
             )
         raise CheckpointError(f"{folder}: a folder without config.json is not a Hugging Face model")
     try:

@@ -111,16 +111,16 @@ def evaluate(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a causal language model on text: its perplexity and, ``against`` its original, how far it is from it.
+    """Measure a causal language model: its perplexity and, ``against`` its original, how far it is from it.
 
     Text and settings are checked before a model is loaded. Against an original both are in memory at once.
 
     Args:
-        model: a folder (quantized or not), a ``.gguf`` file, a Hugging Face id, ``demo``, or a model in memory.
+        model: a folder, quantized or not, a ``.gguf`` file, a Hugging Face id, ``demo``, a model in memory.
         text: a source as :func:`quantlab_evals.load_text` has them, or a list of documents.
         against: the model that it was made from, for KL divergence, agreement and the ratio of perplexities.
-        length: tokens in a window, BOS included. None: 2048, or as many as the models have positions and the text
-            has tokens.
+        length: tokens in a window, BOS included. None: 2048, or as many as the models have positions and the
+            text has tokens.
         windows: how many windows, from the start of the text; None: all.
         bos: whether each window begins with BOS; ``"auto"``: where the model's tokenizer adds one.
         batch_size: windows that run through a model at once.
@@ -129,7 +129,8 @@ def evaluate(
 
     Raises:
         QuantlabError: there is no such model or tokenizer, or a setting cannot be.
-        EvalError: text that cannot be found or is too short, windows that are too long, models that cannot be compared.
+        EvalError: text that is not found or too short, windows that are too long, models that cannot be
+            compared.
     """
     _check_settings(length, windows, bos, batch_size)
     subjects = [_subject(which) for which in (model, against) if which is not None]

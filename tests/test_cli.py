@@ -1,0 +1,358 @@
+"""The command, as a person or a program meets it: exit codes, what it prints where, files left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from quantlab.cli import main
+from quantlab.engine.journal import Journal
+
+TEXT = "\n".join(
+    f"The {adjective} {noun} {verb} over line {number}, and nobody knows why."
+    for number, (adjective, noun, verb) in enumerate(
+        [("quick", "fox", "jumps"), ("lazy", "dog", "sleeps"), ("small", "model", "predicts")] * 60
+    )
+)
+QUICK = ["--samples", "4", "--length", "32"]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a tiny random model `model`, and a text `text.txt`."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(TEXT)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXT.splitlines(), vocab_size=384, special_tokens=["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    return folder
+
+
+def run_process(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "quantlab.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def quantized(place):
+    """What `quantize --json` said; the result is in `w4`."""
+    done = run_process(
+        "quantize", "model", "--out", "w4", "--calibration", "text.txt", *QUICK, "--json", cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def evaluated(place, quantized):
+    arguments = ["eval", "w4", "--against", "model", "--text", "text.txt", "--set", "length=64", "--json"]
+    done = run_process(*arguments, "--windows", "8", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def call(place, monkeypatch, capfd):
+    """Run a command in this process, in `place`: exit code, standard output, standard error."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return (ended.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+def test_quantize_says_one_document_and_its_progress_elsewhere(quantized, place):
+    document = json.loads(quantized.stdout)
+    assert document["folder"] == "w4"
+    assert len(document["layers"]) == 14
+    assert document["recipe"]["name"] == "w4-gptq"
+    assert document["calibration"]["tokens"] == 128
+    assert 4 < document["bits"] < 5
+    assert document["bytes"] == sum(file.stat().st_size for file in (place / "w4").glob("*.safetensors"))
+    assert "block 2 of 2 model.layers.1: 7 layers" in quantized.stderr
+    assert "elapsed" in quantized.stderr
+    assert "Traceback" not in quantized.stderr
+    assert not (place / "w4.partial").exists()
+
+
+def test_eval_measures_both(evaluated, place):
+    document = json.loads(evaluated.stdout)
+    divergence = document["divergence"]
+    assert document["model"] == "w4"
+    assert document["settings"]["window_length"] == 64
+    assert document["settings"]["windows"] == 8
+    assert 0 < divergence["kl"] < 0.5
+    low, high = divergence["kl_interval"]
+    assert low <= divergence["kl"] <= high
+    assert divergence["kl_median"] <= divergence["kl_p99"] <= divergence["kl_max"]
+    assert 0.5 < divergence["agreement"] <= 1
+    ratio = document["perplexity"]["perplexity"] / divergence["reference"]["perplexity"]
+    assert divergence["difference"]["perplexity_ratio"] == pytest.approx(ratio)
+    assert document["bytes"] < document["original_bytes"]
+    assert document["original_bytes"] == (place / "model" / "model.safetensors").stat().st_size
+    assert "window 8 of 8" in evaluated.stderr
+
+
+def test_eval_default_length_is_what_model_and_text_have(call, quantized):
+    code, out, _ = call("eval", "w4", "--text", "text.txt", "--windows", "1", "-q", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["settings"]["window_length"] == 512
+    assert document["notes"] == ["windows of 512 tokens instead of 2048: the model has no more positions"]
+    assert document["divergence"] is None
+    code, _, err = call("eval", "w4", "--text", "text.txt", "--length", "513")
+    assert code == 2
+    assert "max_position_embeddings, 512" in err
+
+
+def test_eval_for_a_person(call, quantized, place):
+    (place / "short.txt").write_text(TEXT[:400])
+    code, out, err = call("eval", "w4", "--against", "model", "--text", "short.txt")
+    assert code == 0
+    assert "KL divergence" in out
+    assert "the text has no more tokens" in out
+    assert "joined by '\\n\\n'" in out
+    assert "window 1 of 1" in err
+
+
+def test_set_and_log_and_quiet(call, place):
+    code, out, err = call(
+        "quantize", "model", "--recipe", "w4-rtn", "--out", "w3", "--set", "format=int3",
+        "--set", "scale_search=mse", "--quiet", "--log", "log.txt",
+    )  # fmt: skip
+    assert (code, out, err) == (0, "", "")
+    assert yaml.safe_load((place / "w3" / "recipe.yaml").read_text())["format"] == "int3"
+    log = (place / "log.txt").read_text().splitlines()
+    assert len([line for line in log if "int3/64 rtn" in line]) == 14
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log)
+
+
+def test_quantize_for_a_person(call, place):
+    code, out, err = call(
+        "quantize", "model", "--recipe", "w4-rtn", "--set", "scale_search=mse", "--out", "person"
+    )
+    assert code == 0
+    for words in ("bits a weight", "worst layers", "of the weights", "quantlab eval person --against model"):
+        assert words in out
+    assert "14 layers in 2 blocks" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "nowhere/at/all", "--out", "new"], "nowhere/at/all: does not exist"),
+        (["quantize", "model", "--out", "new", "--recipe", "w4-gtpq"], "did you mean w4-gptq"),
+        (["quantize", "model", "--out", "new", "--set", "fromat=int3"], "did you mean format"),
+        (["quantize", "model", "--out", "new", "--set", "format"], "expected key=value"),
+        (["quantize", "model", "--out", "new", "--set", "granularity=48"], "not divisible by group size 48"),
+        (["quantize", "model", "--out", "new", "--samples", "none"], "Invalid value for '--samples'"),
+        (["quantize", "model", "--out", "new", "--calibration", "no.txt"], "no.txt: not found"),
+        (["quantize", "model", "--out", "model"], "holds something that quantlab did not write"),
+        (["quantize", "model", "--out", "new", "--log", "no/folder/log"], "--log no/folder/log"),
+        (["quantize", "model"], "Missing option '--out'"),
+        (["eval", "model", "--text", "absent.txt"], "absent.txt: not found"),
+        (["eval", "model", "--text", "text.txt", "--set", "lenght=3"], "a key out of text, windows, length"),
+        (["eval", "model", "--text", "text.txt", "--set", "length=long"], "length 'long'"),
+        (["inspect", "model"], "is not quantized"),
+        (["inspect", "absent"], "absent: does not exist"),
+        (["inspect", "model", "--set", "sort=size"], "use one of order, name, error, bits, bytes"),
+        (["recipes", "w5"], "ready are: "),
+        (["recipe"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_leaves_nothing(call, place, arguments, words):
+    before = sorted(place.iterdir())
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    paragraph = err.splitlines()[-1]
+    assert paragraph.startswith("error: ")
+    assert words in paragraph
+    assert "Traceback" not in err
+    assert sorted(place.iterdir()) == before
+
+    code, out, err = call(*arguments, "--json")
+    document = json.loads(out)
+    assert code == 2
+    assert words in document["error"]
+    assert document["kind"].endswith("Error")
+    assert "error" not in err
+    assert sorted(place.iterdir()) == before
+
+
+def test_an_unexpected_error_keeps_its_traceback(place):
+    broken = "from quantlab.cli import show, main; show.recipe_table = None; main(['recipes'])"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_interrupted_it_says_how_to_go_on_and_goes_on(call, place, monkeypatch):
+    command = ["quantize", "model", "--out", "resumed", "--calibration", "text.txt", *QUICK]
+    commit = Journal.commit
+
+    def commit_then_interrupt(journal, block, *arguments):
+        commit(journal, block, *arguments)
+        if block == "model.layers.0":
+            monkeypatch.setattr(Journal, "commit", interrupt)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "commit", commit_then_interrupt)
+    code, out, err = call(*command)
+    assert code == 130
+    assert out == ""
+    expected = "interrupted; 1 of 2 blocks are done and kept: run the same command again to go on at block 2"
+    assert err.splitlines()[-1] == expected
+    assert "interrupted run" in call("inspect", "resumed.partial")[2]
+
+    monkeypatch.setattr(Journal, "commit", commit)
+    code, out, err = call(*command, "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_blocks"] == 1
+    assert "going on at block 2" in err
+    assert "block 2 of 2" in err
+    assert not (place / "resumed.partial").exists()
+
+
+def test_ctrl_c_ends_a_real_process(place):
+    command = [
+        sys.executable,
+        "-m",
+        "quantlab.cli",
+        "quantize",
+        "model",
+        "--out",
+        "never",
+        "--samples",
+        "9000",
+    ]
+    command += ["--length", "32", "--calibration", "builtin"]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "14 layers in 2 blocks" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "run the same command again" in err
+    assert "Traceback" not in err
+
+
+def test_inspect_says_what_the_files_hold(call, quantized, place):
+    code, out, err = call("inspect", "w4", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    totals = document["totals"]
+    assert totals["bytes_quantized"] == sum(layer["bytes"] for layer in document["layers"])
+    index = json.loads((place / "w4" / "model.safetensors.index.json").read_text())
+    assert totals["bytes_quantized"] + totals["bytes_kept"] == index["metadata"]["total_size"]
+    files = sum(file.stat().st_size for file in (place / "w4").glob("*.safetensors"))
+    assert totals["bytes_on_disk"] == files == json.loads(quantized.stdout)["bytes"]
+    assert totals["bits"] == pytest.approx(json.loads(quantized.stdout)["bits"])
+
+    code, out, _ = call("inspect", "w4")
+    assert code == 0
+    assert (
+        len([line for line in out.splitlines() if line.startswith("model.layers.") and "int4/64" in line])
+        == 14
+    )
+    code, out, _ = call("inspect", "w4", "--set", "sort=error", "--set", "limit=2")
+    assert "and 12 more layers" in out
+    code, out, _ = call("inspect", "w4", "--fold")
+    assert re.search(r"model\.layers\.\*\.mlp\.down_proj +2 +int4/64", out)
+
+
+def test_a_pipe_that_nobody_reads_is_no_error(quantized, place):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "quantlab.cli", "inspect", "w4"]
+    done = subprocess.run(command, cwd=place, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_recipes(call):
+    code, out, _ = call("recipes")
+    assert code == 0
+    assert "w4-gptq" in out
+    listed = json.loads(call("recipes", "--json")[1])["recipes"]
+    assert {"w4-gptq", "w4-rtn"} <= {entry["name"] for entry in listed}
+    assert all(entry["description"] for entry in listed)
+    text = call("recipes", "w4-gptq")[1]
+    assert text.startswith("# ")
+    assert yaml.safe_load(text)["quantizer"] == "gptq"
+    changed = call("recipes", "w4-gptq", "--set", "format=int3", "--set", "calibration.samples=8")[1]
+    assert yaml.safe_load(changed)["format"] == "int3"
+    assert yaml.safe_load(changed)["calibration"]["samples"] == 8
+
+
+def test_version(call):
+    code, out, _ = call("--version")
+    assert code == 0
+    assert re.match(r"quantlab \d+\.\d+\.\d+ \(torch ", out)
+
+
+def test_help_shows_examples_that_work(call, quantized, place):
+    """The demo model stands for any: here the tiny one takes its place."""
+    shown = []
+    for command in ([], ["quantize"], ["eval"], ["inspect"], ["recipes"]):
+        code, out, _ = call(*command, "--help")
+        assert code == 0
+        lines = out.partition("Example")[2].splitlines()
+        shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
+    assert len(shown) == 9
+    (place / "demo-w4").symlink_to(place / "w4")
+    for number, line in enumerate(shown):
+        words = shlex.split(line.partition(">")[0])[1:]
+        if words[:1] == ["quantize"]:
+            words[words.index("--out") + 1] = f"example-{number}"
+        words = ["model" if word == "demo" else word for word in words]
+        code, _, err = call(*words)
+        assert code == 0, (line, err)
+
+
+def test_help_and_recipes_do_not_import_torch(place):
+    """Importing torch and transformers takes seconds; asking how a command is called must not."""
+    watched = "import sys; from quantlab.cli.app import app; app(['{}'], standalone_mode=False)"
+    for command in ("--help", "recipes"):
+        done = subprocess.run(
+            [sys.executable, "-c", watched.format(command) + "; print('torch' in sys.modules)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == "False", command

@@ -77,6 +77,52 @@ class Evaluation:
             }
         return flat
 
+    def to_markdown(self) -> str:
+        """A page with the figures in one table and every choice below it."""
+        quality, original = self.perplexity, self.divergence.reference if self.divergence else None
+        rows = [
+            ("size of the weights", _megabytes(self.original_bytes), _megabytes(self.bytes)),
+            ("perplexity", _with_interval(original), _with_interval(quality)),
+        ]
+        if self.divergence is not None:
+            found = self.divergence
+            rows += [
+                ("perplexity, relative", "1", f"{found.difference.perplexity_ratio:.4f}"),
+                ("mean KL divergence", "0", f"{found.kl:.4f}"),
+                ("99th percentile KL", "0", f"{found.kl_p99:.3f}"),
+                ("top-1 agreement", "100 %", f"{found.agreement:.2%}"),
+            ]
+        table = [f"| {name} | {before} | {after} |" for name, before, after in rows]
+        choices = [f"* {name}: {value}" for name, value in self.perplexity.settings.items()]
+        return "\n".join(
+            [
+                f"# {self.model}",
+                "",
+                f"Measured on {self.text} ({self.origin}).",
+                "",
+                f"| | {self.against or 'original (not measured)'} | {self.model} |",
+                "|---|---|---|",
+                *table,
+                "",
+                "Intervals are 95 % bootstrap intervals over windows.",
+                "",
+                *choices,
+                *(f"* {note}" for note in self.notes),
+                "",
+            ]
+        )
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f} MB"
+
+
+def _with_interval(found: Perplexity | None) -> str:
+    if found is None:
+        return ""
+    interval = f" ({found.interval[0]:.2f} to {found.interval[1]:.2f})" if found.interval else ""
+    return f"{found.perplexity:.3f}{interval}"
+
 
 @dataclass(frozen=True)
 class _Subject:
@@ -193,9 +239,7 @@ def _tokenizer(subjects: Sequence[_Subject]) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
             failures.append(f"{folder}: its tokenizer cannot be loaded: {error}")
-    raise CheckpointError(
-        "; ".join(failures) or "a model in memory has no tokenizer; pass one: tokenizer=..."
-    )
+    raise CheckpointError("; ".join(failures) or "a model in memory has no tokenizer; pass one: tokenizer=...")
 
 
 def _windows(
@@ -217,9 +261,7 @@ def _windows(
     try:
         cut = token_windows(tokenizer, documents, longest, limit=limit, bos=bos)
     except EvalError:
-        probe = token_windows(
-            tokenizer, documents, 3, limit=1, bos=bos
-        )  # also raises what is wrong otherwise
+        probe = token_windows(tokenizer, documents, 3, limit=1, bos=bos)  # also raises what is wrong otherwise
         longest, why = probe.stream_tokens + (probe.bos is not None), "the text has no more tokens"
         cut = token_windows(tokenizer, documents, longest, limit=limit, bos=bos)
     shortened = f"windows of {longest} tokens instead of {WINDOW_LENGTH}: {why}"

@@ -126,9 +126,7 @@ def _checked_up_name(fused: nn.Module) -> str:
     known = {up_name, "down_proj"} | ({f"{up_name}_bias", "down_proj_bias"} if fused.has_bias else set())
     present = {name for name, parameter in fused._parameters.items() if parameter is not None}
     if odd := sorted(present ^ known):
-        raise QuantlabError(
-            f"the experts of {kind} have, or lack, parameters unlike others': {', '.join(odd)}"
-        )
+        raise QuantlabError(f"the experts of {kind} have, or lack, parameters unlike others': {', '.join(odd)}")
     return up_name
 
 

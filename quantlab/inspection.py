@@ -187,11 +187,7 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
     if method != QUANT_METHOD:
-        state = (
-            "is not quantized"
-            if method is None
-            else f"was quantized by another tool (quant_method {method!r})"
-        )
+        state = "is not quantized" if method is None else f"was quantized by another tool (quant_method {method!r})"
         raise CheckpointError(
             f"{folder}: this model {state}; inspect takes a folder that `quantlab quantize --out` wrote"
         )
@@ -207,9 +203,7 @@ def _weight_files(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{index}: cannot be read: {error}") from error
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(
-            f"{folder}: weight files are missing: {', '.join(missing)}; copy the whole folder"
-        )
+        raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}; copy the whole folder")
     return [folder / name for name in names]
 
 

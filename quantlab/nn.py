@@ -97,9 +97,7 @@ class Storage:
         try:
             return cls(**{**data, "scale_shape": tuple(data["scale_shape"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise QuantlabError(
-                f"not the description of a quantized layer: {dict(data)} ({error})"
-            ) from error
+            raise QuantlabError(f"not the description of a quantized layer: {dict(data)} ({error})") from error
 
     def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that the layer stores, but its bias."""
@@ -218,9 +216,7 @@ class QuantLinear(nn.Module):
 
     def to_qtensor(self) -> QTensor:
         """The weight, with its codes unpacked."""
-        return unpacked(
-            {name: tensor for name, tensor in self.named_buffers() if tensor is not None}, self.storage
-        )
+        return unpacked({name: tensor for name, tensor in self.named_buffers() if tensor is not None}, self.storage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""

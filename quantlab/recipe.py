@@ -65,9 +65,7 @@ class Scheme:
             type(self.granularity) is int and self.granularity > 0
         )
         if bad_group:
-            raise RecipeError(
-                f"granularity {self.granularity!r}: use a group size such as 64, 'channel' or 'tensor'"
-            )
+            raise RecipeError(f"granularity {self.granularity!r}: use a group size such as 64, 'channel' or 'tensor'")
         _one_of("scale_search", self.scale_search, _SEARCHES)
         _one_of("scale_dtype", self.scale_dtype, _SCALE_DTYPES)
         if type(self.symmetric) is not bool:
@@ -182,9 +180,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         if not isinstance(pattern, str):
             raise RecipeError(f"layers[{pattern!r}]: a pattern is text; put it in quotes")
         if not isinstance(changes, Mapping):
-            raise RecipeError(
-                f"layers[{pattern!r}]: expected a mapping such as {{format: int8}}, not {changes!r}"
-            )
+            raise RecipeError(f"layers[{pattern!r}]: expected a mapping such as {{format: int8}}, not {changes!r}")
         matches(pattern, "")
         _changed(default, changes, f"layers[{pattern!r}]")
     return Recipe(

@@ -61,9 +61,7 @@ def run_process(*arguments, cwd):
 @pytest.fixture(scope="session")
 def quantized(place):
     """What `quantize --json` said; the result is in `w4`."""
-    done = run_process(
-        "quantize", "model", "--out", "w4", "--calibration", "text.txt", *QUICK, "--json", cwd=place
-    )
+    done = run_process("quantize", "model", "--out", "w4", "--calibration", "text.txt", *QUICK, "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -158,9 +156,7 @@ def test_set_and_log_and_quiet(call, place):
 
 
 def test_quantize_for_a_person(call, place):
-    code, out, err = call(
-        "quantize", "model", "--recipe", "w4-rtn", "--set", "scale_search=mse", "--out", "person"
-    )
+    code, out, err = call("quantize", "model", "--recipe", "w4-rtn", "--set", "scale_search=mse", "--out", "person")
     assert code == 0
     for words in ("bits a weight", "worst layers", "of the weights", "quantlab eval person --against model"):
         assert words in out
@@ -286,10 +282,7 @@ def test_inspect_says_what_the_files_hold(call, quantized, place):
 
     code, out, _ = call("inspect", "w4")
     assert code == 0
-    assert (
-        len([line for line in out.splitlines() if line.startswith("model.layers.") and "int4/64" in line])
-        == 14
-    )
+    assert len([line for line in out.splitlines() if line.startswith("model.layers.") and "int4/64" in line]) == 14
     code, out, _ = call("inspect", "w4", "--set", "sort=error", "--set", "limit=2")
     assert "and 12 more layers" in out
     code, out, _ = call("inspect", "w4", "--fold")

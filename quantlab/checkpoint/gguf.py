@@ -80,9 +80,7 @@ def import_gguf(
     if _is_import_of(folder, record):
         return folder
     if folder.exists() and not (folder / RECORD).exists() and (folder.is_file() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"{folder}: exists and no GGUF import wrote it; remove it or choose another folder."
-        )
+        raise CheckpointError(f"{folder}: exists and no GGUF import wrote it; remove it or choose another folder.")
     reader = _open(path)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -191,9 +189,7 @@ def _restore_rope_scaling(path: Path, reader: gguf.GGUFReader, config: Any, arch
     kind = _field(reader, f"{architecture}.rope.scaling.type", "none")
     factor = _field(reader, f"{architecture}.rope.scaling.factor", 1.0)
     if kind != "none" and factor != 1.0:
-        raise CheckpointError(
-            f"{path}: transformers drops its rope scaling {kind!r} by {factor:g}; {_INSTEAD}."
-        )
+        raise CheckpointError(f"{path}: transformers drops its rope scaling {kind!r} by {factor:g}; {_INSTEAD}.")
     stored = next((tensor for tensor in reader.tensors if tensor.name == _ROPE_FREQS), None)
     if stored is None:
         return

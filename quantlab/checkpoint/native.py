@@ -37,9 +37,7 @@ def read_layer(tensors: Mapping[str, torch.Tensor], name: str, storage: Storage)
     for key, (shape, dtype) in storage.specs().items():
         tensor = tensors.get(f"{name}.{key}")
         if tensor is None:
-            raise CheckpointError(
-                f"{name}: the checkpoint has no tensor {name}.{key}; it was not written completely"
-            )
+            raise CheckpointError(f"{name}: the checkpoint has no tensor {name}.{key}; it was not written completely")
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise CheckpointError(
                 f"{name}.{key}: the checkpoint has {tensor.dtype} {list(tensor.shape)}, "

@@ -92,9 +92,7 @@ class QuantlabQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if any(isinstance(module, UnfusedExperts) for module in model.modules()):
-            raise QuantlabError(
-                f"{type(model).__name__}: a mixture of experts cannot be dequantized in place"
-            )
+            raise QuantlabError(f"{type(model).__name__}: a mixture of experts cannot be dequantized in place")
         for name in self.layers:
             layer = model.get_submodule(name)
             if isinstance(layer, QuantLinear):
@@ -141,9 +139,7 @@ def _check_fits(module: nn.Module, name: str, storage: Storage) -> None:
     elif isinstance(module, nn.Linear):
         shape = (module.weight.shape[0], module.weight.shape[1])
     else:
-        raise CheckpointError(
-            f"{name}: is a {type(module).__name__}, the checkpoint has a linear layer for it"
-        )
+        raise CheckpointError(f"{name}: is a {type(module).__name__}, the checkpoint has a linear layer for it")
     stored = (storage.out_features, storage.in_features)
     if shape != stored:
         raise CheckpointError(
@@ -170,14 +166,10 @@ def _untie(model: PreTrainedModel, layers: Mapping[str, Storage]) -> None:
         if isinstance(module, PreTrainedModel) and isinstance(module._tied_weights_keys, dict):
             prefix = f"{name}." if name else ""
             module._tied_weights_keys = {
-                target: origin
-                for target, origin in module._tied_weights_keys.items()
-                if prefix + target not in gone
+                target: origin for target, origin in module._tied_weights_keys.items() if prefix + target not in gone
             }
             module.all_tied_weights_keys = {
-                target: origin
-                for target, origin in module.all_tied_weights_keys.items()
-                if prefix + target not in gone
+                target: origin for target, origin in module.all_tied_weights_keys.items() if prefix + target not in gone
             }
 
 

@@ -40,7 +40,9 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_FILES))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise CheckpointError(f"{repository}: neither a local folder nor a model on the hub ({_first(error)})") from error
+        raise CheckpointError(
+            f"{repository}: neither a local folder nor a model on the hub ({_first(error)})"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{repository}: there is no such local folder, and the Hugging Face hub cannot be reached "

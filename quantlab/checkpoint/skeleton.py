@@ -27,7 +27,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # unknown model types and damaged files come in many kinds
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
+        raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     for part in (config, config.get_text_config()):
         if quantized := getattr(part, "quantization_config", None):
             method = dict(quantized).get("quant_method", "unknown")

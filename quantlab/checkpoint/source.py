@@ -93,7 +93,11 @@ class ModelSource(ABC):
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
-            raise CheckpointError(f"{self.folder}: its tokenizer cannot be loaded: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.folder}: its tokenizer cannot be loaded ({reason}); put the model's tokenizer files there, "
+                "or pass a tokenizer or token ids"
+            ) from error
 
 
 def open_source(folder: Path) -> FolderSource:
@@ -175,17 +179,21 @@ class ModuleSource(ModelSource):
         folder: with its tokenizer and other assets, or None.
 
     Raises:
-        CheckpointError: some of its weights are on the meta device.
+        CheckpointError: it is quantized already, or some of its weights are on the meta device.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path | None = None) -> None:
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise CheckpointError(f"{type(model).__name__}: is quantized already; start from the original model")
         self._tensors = {name: tensor for tensor, places in selected(model) for _, _, name in places}
         if empty := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
             raise CheckpointError(f"{type(model).__name__}: {empty[0]} is not in memory")
         self._model = model
         self.folder = folder
-        self.config = model.config
         self.dtype = model.dtype
+        self.config = copy.deepcopy(model.config)
+        self.config.architectures = [type(model).__name__]  # as save_pretrained writes them
+        self.config.dtype = self.dtype
 
     def skeleton(self) -> PreTrainedModel:
         """See :meth:`ModelSource.skeleton`; non-persistent buffers are copies of the model's."""

@@ -74,9 +74,7 @@ class WeightFiles:
             if file.suffix == ".bin":
                 state = _load_bin(file)
                 self._bin |= state
-                self.stored |= {
-                    name: StoredTensor(file, t.dtype, tuple(t.shape)) for name, t in state.items()
-                }
+                self.stored |= {name: StoredTensor(file, t.dtype, tuple(t.shape)) for name, t in state.items()}
             else:
                 self.stored |= _entries(file)
 
@@ -112,9 +110,7 @@ def _weight_files(folder: Path) -> list[Path]:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not a readable index ({error})") from error
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-                raise CheckpointError(
-                    f"{folder}: {index.name} names files that are not there: {', '.join(missing)}"
-                )
+                raise CheckpointError(f"{folder}: {index.name} names files that are not there: {', '.join(missing)}")
             return [folder / shard for shard in shards]
     raise CheckpointError(
         f"{folder}: has no weights; expected {_SAFETENSORS}, {_SAFETENSORS}.index.json with shards, or {_BIN}"
@@ -238,9 +234,7 @@ class WeightPlan:
         ties = self.model.all_tied_weights_keys.items()
         twice = [(target, origin) for target, origin in ties if target in self and origin in self]
         return [
-            target
-            for target, origin in twice
-            if not torch.equal(self.read(target)[target], self.read(origin)[origin])
+            target for target, origin in twice if not torch.equal(self.read(target)[target], self.read(origin)[origin])
         ]
 
     def _check_shape(self, target: str, shape: tuple[int, ...]) -> None:

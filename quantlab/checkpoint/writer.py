@@ -109,9 +109,7 @@ class CheckpointWriter:
             for pattern in _ASSETS:
                 for file in sorted(Path(assets_from).glob(pattern)):
                     self._copy(file, file.relative_to(assets_from))
-        described = (
-            json.loads(config.to_json_string()) if isinstance(config, PretrainedConfig) else dict(config)
-        )
+        described = json.loads(config.to_json_string()) if isinstance(config, PretrainedConfig) else dict(config)
         described.pop("_name_or_path", None)
         if quantization_config is not None:
             described["quantization_config"] = dict(quantization_config)
@@ -175,9 +173,7 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
     if 8 + length + end != size:
-        raise CheckpointError(
-            f"{file}: has {size} bytes, its header speaks of {8 + length + end}; download it again"
-        )
+        raise CheckpointError(f"{file}: has {size} bytes, its header speaks of {8 + length + end}; download it again")
     return header, 8 + length
 
 

@@ -18,21 +18,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document, and nothing else, to standard output.")
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")]
 _MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
 
 
-@app.callback(
-    invoke_without_command=True, epilog="Example:\n\n  quantlab quantize demo --recipe w4-rtn --out demo-w4"
-)
+@app.callback(invoke_without_command=True, epilog="Example:\n\n  quantlab quantize demo --recipe w4-rtn --out demo-w4")
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False,
@@ -40,9 +32,7 @@ def root(
     """Make a Hugging Face model small: quantize it, measure what that cost, look inside the result."""
     if version:
         parts = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
-        typer.echo(
-            f"quantlab {metadata.version('quantlab')} ({', '.join(parts)}, Python {sys.version.split()[0]})"
-        )
+        typer.echo(f"quantlab {metadata.version('quantlab')} ({', '.join(parts)}, Python {sys.version.split()[0]})")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -61,9 +51,7 @@ def quantize(
     ] = "w4-gptq",
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -74,12 +62,8 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a calibration sequence.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")
-    ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an interrupted run left.")
-    ] = False,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
     threads: Threads = None,
     log: Annotated[
@@ -90,9 +74,7 @@ def quantize(
 ) -> None:
     """Quantize a model by a recipe and write the result to a folder."""
     short = {"source": calibration, "samples": samples, "length": length, "seed": seed}
-    overrides = [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (
-        settings or []
-    )
+    overrides = [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (settings or [])
     with Output(as_json, quiet) as output:
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
@@ -102,9 +84,7 @@ def quantize(
             _prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import quantize as run
 
-            result = run(
-                model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite
-            )
+            result = run(model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite)
         memory = peak_memory()
         document = {
             "model": model,
@@ -132,15 +112,11 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL + " Quantized or not.")],
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL", help="The original, to measure KL divergence and agreement. Both are loaded."
-        ),
+        typer.Option(metavar="MODEL", help="The original, to measure KL divergence and agreement. Both are loaded."),
     ] = None,
     text: Annotated[
         str,
-        typer.Option(
-            help="A text or .jsonl file, `builtin:eval`, or a data set as name:config:split:column."
-        ),
+        typer.Option(help="A text or .jsonl file, `builtin:eval`, or a data set as name:config:split:column."),
     ] = "builtin:eval",
     windows: Annotated[int | None, typer.Option(metavar="N", help="How many windows. [default: all]")] = None,
     length: Annotated[
@@ -152,6 +128,9 @@ def evaluate(
         typer.Option(
             "--set", metavar="KEY=VALUE", help="text, windows, length, bos (auto, true, false) or batch_size."
         ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the figures to a Markdown file.")
     ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -169,14 +148,15 @@ def evaluate(
             from quantlab.evaluation import evaluate as run
 
             evaluation = run(model, against=against, progress=progress, **chosen)
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(evaluation.to_markdown(), encoding="utf-8")
         output.answer(evaluation.to_dict(), *show.evaluated(evaluation))
 
 
 @app.command(
     "inspect",
-    epilog="Examples:\n\n"
-    "  quantlab inspect demo-w4 --fold\n"
-    "  quantlab inspect demo-w4 --set sort=error --set limit=10",
+    epilog="Examples:\n\n  quantlab inspect demo-w4 --fold\n  quantlab inspect demo-w4 --set sort=error --set limit=10",
 )
 def inspect_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote.")],
@@ -185,9 +165,7 @@ def inspect_(
     ] = False,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="sort (order, name, error, bits or bytes), limit, or fold."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="sort (order, name, error, bits or bytes), limit, or fold."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -218,16 +196,12 @@ def inspect_(
         layers = sorted(inspection.layers, key=keys[sort])[:limit]
         hidden = len(inspection.layers) - len(layers)
         document = inspection.to_dict()
-        shown = {
-            layer.layer: record for layer, record in zip(inspection.layers, document["layers"], strict=True)
-        }
+        shown = {layer.layer: record for layer, record in zip(inspection.layers, document["layers"], strict=True)}
         document["layers"] = [shown[layer.layer] for layer in layers]
         output.answer(document, *show.inspected(inspection, layers, fold=bool(chosen["fold"]), hidden=hidden))
 
 
-@app.command(
-    epilog="Examples:\n\n  quantlab recipes\n  quantlab recipes w4-gptq --set format=int3 > my-recipe.yaml"
-)
+@app.command(epilog="Examples:\n\n  quantlab recipes\n  quantlab recipes w4-gptq --set format=int3 > my-recipe.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A ready recipe, or a YAML file, to print.")] = None,
     settings: Annotated[
@@ -245,16 +219,10 @@ def recipes(
 
         # As text: reading them as recipes would import torch, and one is printed with its comments.
         files = sorted(resources.files("quantlab_recipes").iterdir(), key=lambda file: file.name)
-        ready = {
-            f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8")
-            for f in files
-            if f.name.endswith(".yaml")
-        }
+        ready = {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")}
         if name is None:
             if settings:
-                raise RecipeError(
-                    "--set changes one recipe; name it: `quantlab recipes w4-gptq --set format=int3`"
-                )
+                raise RecipeError("--set changes one recipe; name it: `quantlab recipes w4-gptq --set format=int3`")
             parsed = {key: yaml.safe_load(text) for key, text in ready.items()}
             when = {key: str(entry.get("description", "")).strip() for key, entry in parsed.items()}
             listed = [{"name": key, "description": description} for key, description in when.items()]

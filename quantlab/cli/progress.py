@@ -170,9 +170,7 @@ class Log(Lines):
         try:
             return cls(open(file, "a", encoding="utf-8"))
         except OSError as error:
-            raise QuantlabError(
-                f"--log {file}: cannot be written ({error.strerror}); choose another file"
-            ) from error
+            raise QuantlabError(f"--log {file}: cannot be written ({error.strerror}); choose another file") from error
 
     def layer(self, tracker: Tracker, report: LayerReport) -> None:  # noqa: ARG002
         """A layer is done."""
@@ -349,9 +347,7 @@ def _block_line(tracker: Tracker, block: str) -> str:
         worst = max(reports, key=lambda report: report.error)
         mean = sum(report.error for report in reports) / len(reports)
         name = worst.layer.removeprefix(block + ".")
-        parts.append(
-            f"{len(reports)} layers, error mean {number(mean)}, worst {number(worst.error)} ({name})"
-        )
+        parts.append(f"{len(reports)} layers, error mean {number(mean)}, worst {number(worst.error)} ({name})")
     left = tracker.remaining()
     times = [f"{tracker.seconds(block):.1f} s", f"{clock(tracker.elapsed)} elapsed"]
     times += [f"about {clock(left)} left"] if left is not None and tracker.done < tracker.total else []

@@ -72,9 +72,7 @@ def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[Rende
         f"{result.bits:.2f} in the {len(reports)} quantized layers, scales and tables counted",
     )
     smaller = (
-        f", {result.original_bytes / result.bytes:.1f} times smaller"
-        if result.bytes < result.original_bytes
-        else ""
+        f", {result.original_bytes / result.bytes:.1f} times smaller" if result.bytes < result.original_bytes else ""
     )
     table.add_row("size", f"{size(result.original_bytes)} → {size(result.bytes)}{smaller}")
     for metric in dict.fromkeys(report.metric for report in reports):
@@ -90,9 +88,7 @@ def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[Rende
         table.add_row("calibration", line)
     for label, line in zip(_repeated("notes"), _notes(reports), strict=False):
         table.add_row(label, line)
-    resumed = (
-        f"; {result.resumed_blocks} blocks came from an interrupted run" if result.resumed_blocks else ""
-    )
+    resumed = f"; {result.resumed_blocks} blocks came from an interrupted run" if result.resumed_blocks else ""
     table.add_row("time", f"{clock(result.seconds)}, at most {size(peak_memory)} of memory{resumed}")
     table.add_row("result", str(result.folder))
     folder = shlex.quote(str(result.folder))
@@ -117,12 +113,8 @@ def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
         table.add_row("  median", f"{compared.kl_median:.4f}", "")
         table.add_row("  99th percentile", f"{compared.kl_p99:.4f}", "")
         table.add_row("  largest", f"{compared.kl_max:.4f}", "")
-        table.add_row(
-            "same top token", f"{compared.agreement:.2%}", _interval(compared.agreement_interval, ".2%")
-        )
-    yield Text(
-        evaluation.model + (f" against {evaluation.against}" if evaluation.against else ""), style="bold"
-    )
+        table.add_row("same top token", f"{compared.agreement:.2%}", _interval(compared.agreement_interval, ".2%"))
+    yield Text(evaluation.model + (f" against {evaluation.against}" if evaluation.against else ""), style="bold")
     yield table
     yield Text("")
     settings = measured.settings
@@ -217,9 +209,7 @@ def _totals(inspection: Inspection) -> Iterator[RenderableType]:
         f"{size(inspection.bytes_kept)} kept",
     )
     for metric in dict.fromkeys(layer.metric for layer in inspection.layers if layer.metric):
-        errors = [
-            layer.error for layer in inspection.layers if layer.metric == metric and layer.error is not None
-        ]
+        errors = [layer.error for layer in inspection.layers if layer.metric == metric and layer.error is not None]
         mean = sum(errors) / len(errors)
         worst = f"{number(max(errors))} at most, relative, {_METRICS.get(metric, metric)}"
         table.add_row("error", f"{number(mean)} on average, {worst}")

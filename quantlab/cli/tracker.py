@@ -92,6 +92,4 @@ class Tracker:
         """The layer at work, as far as the plan tells."""
         done = {report.layer for report in self.reports}
         planned = self.start.plan.values() if self.start else ()
-        return next(
-            (layer.name for layer in planned if layer.block == self.block and layer.name not in done), None
-        )
+        return next((layer.name for layer in planned if layer.block == self.block and layer.name not in done), None)

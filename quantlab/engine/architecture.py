@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from quantlab.errors import PreflightError
 from quantlab.nn import UnfusedExperts
 
-
 # Subclasses of nn.Linear that compute what nn.Linear computes. Other subclasses (routers, layers of several groups) may
 # not, and stay as they are.
 _PLAIN_SUBCLASSES = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
@@ -63,7 +62,8 @@ def describe(model: nn.Module) -> Architecture:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(block + ".") for block in blocks):
             continue
-        items = [f"{name}.{index}" for index in range(len(module))]
+        # A list in a list is never called itself; the search goes on inside.
+        items = [f"{name}.{index}" for index, item in enumerate(module) if not isinstance(item, nn.ModuleList)]
         with_layers = [item for item in items if any(layer.startswith(item + ".") for layer in linear)]
         blocks += with_layers
     if not blocks:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quantlab_evals import check_length, load_documents, token_windows
 
 from quantlab.errors import DataError
 from quantlab.recipe import Calibration
-from quantlab_evals import check_length, load_documents, token_windows
 
 # Tokens that run through the model at once: enough for matrix products to be efficient, few enough to stay small.
 _BATCH_TOKENS = 2048
@@ -73,8 +73,8 @@ def _from_tokens(tokens: torch.Tensor, config: Any) -> CalibrationData:
             f"calibration token ids are integers [samples, length], not {tokens.dtype} {tuple(tokens.shape)}"
         )
     check_length(config, tokens.shape[1])
-    vocabulary = config.get_text_config().vocab_size
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)  # vision models have none
+    if vocabulary is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise DataError(
             f"calibration token ids go from {int(tokens.min())} to {int(tokens.max())}, and the model's vocabulary has "
             f"{vocabulary} entries; use the model's own tokenizer"

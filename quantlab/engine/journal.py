@@ -110,7 +110,9 @@ class Journal:
         log = self.folder / LOG
         if not log.is_file():
             if self.folder.exists() and (not self.folder.is_dir() or set(os.listdir(self.folder)) - {_NEW_LOG}):
-                raise PreflightError(f"{self.folder} is in the way: it is not a run of quantlab; move it, or choose another --out")
+                raise PreflightError(
+                    f"{self.folder} is in the way: it is not a run of quantlab; move it, or choose another --out"
+                )
             return None
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         header = _parse(lines[0]) if lines else None

@@ -77,6 +77,7 @@ class Run:
     def _execute_calibrated(self) -> None:
         shifted = any(Statistic.SHIFT in layer.needs for layer in self.plan.values())
         models = [self.model, self.source.skeleton()] if shifted else [self.model]
+        _return_freed_memory()  # tokenizing leaves much behind
         self._load(OUTSIDE, [self.model])
         for twin in models[1:]:
             self._share_outside(twin)
@@ -100,9 +101,7 @@ class Run:
             if not self.journal.done(OUTSIDE):
                 self._quantize(OUTSIDE, calibration.observe(self._planned(OUTSIDE), last=True))
 
-    def _quantize(
-        self, block: str, groups: Iterator[tuple[list[PlannedLayer], InputStatistics | None]]
-    ) -> None:
+    def _quantize(self, block: str, groups: Iterator[tuple[list[PlannedLayer], InputStatistics | None]]) -> None:
         """Solve the groups of a block as they come, and write the block."""
         quantized: dict[str, QTensor] = {}
         reports = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from quantlab.engine.architecture import Architecture, features
+from quantlab.engine.architecture import Architecture
 from quantlab.engine.forward import Forward, shared_inputs, watched
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.statistics import InputAccumulator
@@ -48,7 +49,13 @@ class Calibration:
         self._stops = self._blocks | self._outside
         self._twin_stops = set(self._stops)
         self._forwards = [Forward(model, batch, self._stops) for batch in batches]
-        self._twins = [Forward(original, batch, self._twin_stops) for batch in batches] if original is not None else []
+        self._twins = (
+            {index: Forward(original, batch, self._twin_stops) for index, batch in enumerate(batches)}
+            if original is not None
+            else {}
+        )
+        self._open: dict[str, _Group] = {}
+        self._final: _Group | None = None
         self._scout = Forward(model, batches[0][:1, :_SCOUT_TOKENS], self._blocks)
         self._hooks = ExitStack()
 
@@ -61,7 +68,7 @@ class Calibration:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for forward in [self._scout, *self._forwards, *self._twins]:
+        for forward in [self._scout, *self._forwards, *self._twins.values()]:
             forward.cancel()
         self._hooks.close()
 
@@ -87,71 +94,100 @@ class Calibration:
             layers: of the block before which the batches stand, in the order of definition.
             last: nothing after these layers will be observed: the batches need not go on behind them.
         """
-        groups = [[layer] for layer in layers]
+        groups = [_Group([layer]) for layer in layers]
         if self.standing_before() in self._blocks:
             groups = self._group(layers)
-            names = {layer.name for layer in layers}
-            self._stops |= names
-            self._twin_stops |= names - self._architecture.routed
+        self._open = {layer.name: group for group in groups for layer in group.layers}
+        self._final = groups[-1] if groups and not last else None
+        if self.standing_before() in self._blocks:
+            self._stops.update(self._open)
+            self._twin_stops.update(self._open.keys() - self._architecture.routed)
             self._advance(range(len(self._forwards)))
+        else:
+            self._take_in(range(len(self._forwards)))
         while groups:
             # All stand before the same group, except where experts are skipped by batches without tokens for them.
-            standing = {forward.at for forward in self._forwards}
-            group = next((group for group in groups if any(layer.name in standing for layer in group)), None)
+            standing = {self._open.get(forward.at or "") for forward in self._forwards}
+            group = next((group for group in groups if group in standing), None)
             if group is None:
                 break
-            names = {layer.name for layer in group}
-            arrived = [index for index, forward in enumerate(self._forwards) if forward.at in names]
-            statistics = self._statistics(group, arrived)
             groups.remove(group)
-            yield group, statistics
-            self._stops -= names
-            self._twin_stops -= names
+            yield group.layers, group.finish()
+            arrived = [index for index, forward in enumerate(self._forwards) if forward.at in group.names]
+            self._stops -= group.names
+            self._twin_stops -= group.names
             if groups or not last:
                 self._advance(arrived)
         for group in groups:
-            yield group, InputStatistics(tokens=0)
+            yield group.layers, InputStatistics(tokens=0)
 
-    def _group(self, layers: list[PlannedLayer]) -> list[list[PlannedLayer]]:
+    def _group(self, layers: list[PlannedLayer]) -> list[_Group]:
         """Cut layers into groups with one input: seen by the scout, which runs through the block ahead of the others."""
         self._scout.log = []
         self._scout.advance()
         group_of = {name: group for group in shared_inputs(self._scout.log) for name in group}
         self._scout.log = None
-        groups: list[list[PlannedLayer]] = []
-        by_key: dict[str, list[PlannedLayer]] = {}
+        groups: dict[str, _Group] = {}
         for layer in layers:
             # Experts see tokens of their own, even where a few tokens of a scout cannot show it.
             shared = layer.name in group_of and layer.name not in self._architecture.routed
             key = group_of[layer.name][0] if shared else layer.name
-            if key not in by_key:
-                groups.append(by_key.setdefault(key, []))
-            by_key[key].append(layer)
-        return groups
-
-    def _statistics(self, group: list[PlannedLayer], arrived: list[int]) -> InputStatistics:
-        wanted = Statistic.NONE
-        for layer in group:
-            wanted |= layer.needs
-        first = self._forwards[arrived[0]].input
-        assert first is not None
-        accumulator = InputAccumulator(wanted, group[0].shape[1], first.device)
-        # Two models route tokens to experts differently, so there is no original input to compare an expert's with.
-        paired = Statistic.SHIFT in wanted and group[0].name not in self._architecture.routed
-        for index in arrived:
-            x = self._forwards[index].input
-            assert x is not None
-            accumulator.add(x)
-            original = self._twins[index].input if paired else None
-            if original is not None:
-                accumulator.compare(x, original, held_out=index % _HELD_OUT == _HELD_OUT - 1)
-        return accumulator.finish()
+            groups.setdefault(key, _Group([])).layers.append(layer)
+        return list(groups.values())
 
     def _advance(self, indices: Iterable[int]) -> None:
         for index in indices:
-            forward = self._forwards[index]
-            forward.advance()
-            if self._twins and forward.at is not None and forward.at not in self._architecture.routed:
-                twin = self._twins[index]
-                while twin.at != forward.at and not twin.dead:
-                    twin.advance()
+            self._forwards[index].advance()
+            self._take_in([index])
+
+    def _take_in(self, indices: Iterable[int]) -> None:
+        """Add the inputs before which batches have arrived to the statistics, and let their twins follow."""
+        for index in indices:
+            forward, twin = self._forwards[index], self._twins.get(index)
+            group = self._open.get(forward.at or "")
+            if group is not None:
+                assert forward.input is not None
+                group.add(forward.input)
+            # Two models route tokens to experts differently, so there is no original input to compare an expert's with.
+            if twin is None or forward.at is None or forward.at in self._architecture.routed:
+                continue
+            while twin.at != forward.at and not twin.dead:
+                twin.advance()
+            if group is not None and Statistic.SHIFT in group.wanted:
+                assert forward.input is not None and twin.input is not None
+                group.compare(forward.input, twin.input, held_out=index % _HELD_OUT == _HELD_OUT - 1)
+                if group is self._final:
+                    twin.advance()  # nothing more to compare in this block: it need not hold this input any longer
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that share an input, and what is known of it so far."""
+
+    layers: list[PlannedLayer]
+    _accumulator: InputAccumulator | None = None
+
+    @property
+    def names(self) -> set[str]:
+        return {layer.name for layer in self.layers}
+
+    @property
+    def wanted(self) -> Statistic:
+        wanted = Statistic.NONE
+        for layer in self.layers:
+            wanted |= layer.needs
+        return wanted
+
+    def add(self, x: torch.Tensor) -> None:
+        if self._accumulator is None:
+            self._accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], x.device)
+        self._accumulator.add(x)
+
+    def compare(self, x: torch.Tensor, original: torch.Tensor, held_out: bool) -> None:
+        assert self._accumulator is not None
+        self._accumulator.compare(x, original, held_out)
+
+    def finish(self) -> InputStatistics:
+        assert self._accumulator is not None
+        statistics, self._accumulator = self._accumulator.finish(), None
+        return statistics

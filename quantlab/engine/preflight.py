@@ -57,12 +57,12 @@ def _check_groups(layers: Iterable[PlannedLayer]) -> None:
         return
     layer = bad[0]
     widths = {layer.shape[1] for layer in bad}
-    fitting = [str(g) for g in _USUAL_GROUPS if all(width % g == 0 for width in widths)]
+    fitting = [*(str(g) for g in _USUAL_GROUPS if all(width % g == 0 for width in widths)), "channel"]
     others = f" (and {len(bad) - 1} more layers like it)" if len(bad) > 1 else ""
     raise PreflightError(
         f"{layer.name}: in_features {layer.shape[1]} is not divisible by group size {layer.scheme.granularity}{others}; "
-        f"use {', '.join([*fitting[:3], ''])}or 'channel', for example --set granularity={(fitting + ['channel'])[0]}, "
-        f"or a pattern for this layer under `layers:`"
+        f"use {' or '.join(dict.fromkeys([*fitting[:2], 'channel']))}, for example --set granularity={fitting[0]}, or for "
+        "these layers alone, by a pattern under `layers:` in the recipe"
     )
 
 
@@ -129,7 +129,9 @@ def peak_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model
     element = next(model.parameters()).element_size()
     # A suspended batch holds the residual stream and the widest input; a solve holds some copies of its layer.
     suspended = tokens * (widest + narrowest) * element
-    solving = 4 * (6 * max(layer.shape[0] * layer.shape[1] for layer in plan.values()) + (4 * widest**2 if tokens else 0))
+    solving = 4 * (
+        6 * max(layer.shape[0] * layer.shape[1] for layer in plan.values()) + (4 * widest**2 if tokens else 0)
+    )
     return outside + twins * (max(sizes.values()) + suspended) + solving
 
 

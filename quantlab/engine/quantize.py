@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -18,13 +19,12 @@ from quantlab.checkpoint.native import quantization_config
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
-from quantlab.engine.architecture import Architecture, describe
+from quantlab.engine.architecture import describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import OUTSIDE, Run
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
-from quantlab.engine.solve import PlannedLayer
 from quantlab.errors import PreflightError
 from quantlab.recipe import Recipe, load_recipe
 
@@ -118,7 +118,7 @@ def quantize(
     except BaseException:
         journal.abandon()
         raise
-    _finish(journal, source, chosen)
+    _finish(journal, source, skeleton, chosen)
     result = Result(
         folder=out,
         recipe=chosen,
@@ -158,9 +158,13 @@ def _identity(source: ModelSource, recipe: Recipe, data: CalibrationData | None)
     }
 
 
-def _finish(journal: Journal, source: ModelSource, recipe: Recipe) -> None:
+def _finish(journal: Journal, source: ModelSource, skeleton: PreTrainedModel, recipe: Recipe) -> None:
     (journal.folder / RECIPE).write_text(
         yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    journal.writer.finish(source.config, quantization_config(journal.storages), source.folder)
+    config = copy.deepcopy(source.config)
+    tied = set(skeleton.all_tied_weights_keys)
+    if tied and tied <= {f"{layer}.weight" for layer in journal.storages}:
+        config.tie_word_embeddings = False  # a quantized head has codes of its own
+    journal.writer.finish(config, quantization_config(journal.storages), source.folder)
     journal.publish()

@@ -46,7 +46,8 @@ class InputAccumulator:
         """Take in the difference to the same tokens' inputs in the original model, both ``[..., in]``."""
         x = x.reshape(-1, x.shape[-1])
         difference = original.reshape(x.shape) - x
-        assert self._shift is not None and self._held_out is not None
+        assert self._shift is not None
+        assert self._held_out is not None
         _add_product(self._held_out if held_out else self._shift, difference, x)
         if held_out:
             self._held_out_compared += len(x)

@@ -18,6 +18,8 @@ Granularity = int | str  # a group size along the inputs, "channel" or "tensor"
 # leaves the outermost codes unused. Least-squares refits of the best step then settle between the steps.
 _FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.42, 1.55, 1.7)
 _REFITS = 2
+# A lopsided grid (int: -8..7) is also tried the other way round, where the extreme weight takes the +7.
+_ORIENTATIONS = (1, -1)
 # Elements that are searched at once: enough to hide the cost of a call, few enough to stay in the cache.
 _CHUNK = 1 << 17
 
@@ -73,9 +75,7 @@ def choose_scales(
     return scales, zeros
 
 
-def apply_scales(
-    weight: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> torch.Tensor:
+def apply_scales(weight: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` of the entries nearest to ``weight / scale + zero``."""
     groups = weight.unflatten(1, (scales.shape[1], -1))
     scaled = groups / scales.float().unsqueeze(-1)
@@ -106,11 +106,10 @@ def _symmetric(
         return absmax.squeeze(-1), None
     weighted = groups if importance is None else groups * importance
     inverse = torch.where(absmax == 0, 0, 1 / absmax)
-    # A lopsided grid (int: -8..7) is also tried the other way round, where the extreme weight takes the +7.
-    signs = (1,) if torch.equal(grid.values, -grid.values.flip(0)) else (1, -1)
+    lopsided = not torch.equal(grid.values, -grid.values.flip(0))
     best_gain = torch.full_like(inverse, -1.0)
     best = absmax.clone()
-    for sign in signs:
+    for sign in _ORIENTATIONS if lopsided else (1,):
         for factor in _FACTORS:
             _try_scale(groups, grid, importance, weighted, inverse * (sign * factor), best, best_gain)
     for _ in range(_REFITS):

@@ -105,7 +105,7 @@ class Gptq:
         size = scheme.granularity if isinstance(scheme.granularity, int) else columns
         dynamic = self.order != "activation" and isinstance(scheme.granularity, int)
 
-        def scales_of(part: torch.Tensor, granularity: Granularity, weights: torch.Tensor | None):  # noqa: ANN202
+        def scales_of(part: torch.Tensor, granularity: Granularity, weights: torch.Tensor | None):
             search = scheme.scale_search != "absmax"
             return choose_scales(
                 part, grid, granularity, symmetric=scheme.symmetric, search=search, importance=weights,

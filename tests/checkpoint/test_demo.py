@@ -96,9 +96,7 @@ def test_the_demo_model_loads_whole_and_answers():
     assert config.rope_parameters["rope_theta"] == 100000.0
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
 

@@ -409,6 +409,4 @@ def test_an_architecture_of_the_newer_reader(tmp_path, drop):
         with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.1\.conv\.conv\.weight"):
             import_gguf(path, tmp_path / "out")
     else:
-        assert torch.equal(
-            logits(load(import_gguf(path, tmp_path / "out", dtype=torch.float32))), logits(model)
-        )
+        assert torch.equal(logits(load(import_gguf(path, tmp_path / "out", dtype=torch.float32))), logits(model))

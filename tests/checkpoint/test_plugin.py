@@ -117,9 +117,7 @@ def test_tied_embeddings(name, head, tmp_path):
     assert torch.equal(logits(again), logits(put_dequantized(copy.deepcopy(model), layers)))
 
 
-@pytest.mark.parametrize(
-    ("name", "auto"), [("llama", AutoModel), ("mixtral", AutoModel), ("bert", AutoModel)]
-)
+@pytest.mark.parametrize(("name", "auto"), [("llama", AutoModel), ("mixtral", AutoModel), ("bert", AutoModel)])
 def test_loads_without_its_head(name, auto, tmp_path):
     written(name, tmp_path)
     whole, bare = load(name, tmp_path), auto.from_pretrained(tmp_path)
@@ -193,9 +191,7 @@ def test_experts_are_stored_one_by_one(name, tmp_path):
     with safe_open(tmp_path / "b/model.safetensors", framework="pt") as file:
         keys.append(set(file.keys()))
     assert keys[0] == keys[1]
-    assert sum(key.endswith(".down_proj.codes") for key in keys[0]) == sum(
-        n.endswith(".down_proj") for n in layers
-    )
+    assert sum(key.endswith(".down_proj.codes") for key in keys[0]) == sum(n.endswith(".down_proj") for n in layers)
 
 
 class TestRefuses:

@@ -156,9 +156,7 @@ def test_counts_bytes_without_reading(tmp_path):
     model = source.skeleton()
     whole = sum(p.numel() for p in model.parameters()) * 2
     assert parameter_bytes(model) == whole
-    assert parameter_bytes(model, "model.layers.0") == 2 * sum(
-        p.numel() for p in model.model.layers[0].parameters()
-    )
+    assert parameter_bytes(model, "model.layers.0") == 2 * sum(p.numel() for p in model.model.layers[0].parameters())
     source.load(model)
     assert parameter_bytes(model) == whole
 
@@ -191,9 +189,7 @@ class TestRefuses:
         (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
         with pytest.raises(CheckpointError, match="nonesuch"):
             open_source(tmp_path)
-        (tmp_path / "config.json").write_text(
-            json.dumps({**config, "architectures": ["NonesuchForCausalLM"]})
-        )
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NonesuchForCausalLM"]}))
         with pytest.raises(CheckpointError, match="NonesuchForCausalLM"):
             open_source(tmp_path)
 
@@ -235,9 +231,7 @@ class TestRefuses:
         with pytest.raises(CheckpointError, match=r"lack 9 of the weights.*model\.layers\.2\."):
             open_source(tmp_path).skeleton()
 
-    @pytest.mark.parametrize(
-        ("name", "change"), [("llama", {"vocab_size": 81}), ("mixtral", {"num_local_experts": 5})]
-    )
+    @pytest.mark.parametrize(("name", "change"), [("llama", {"vocab_size": 81}), ("mixtral", {"num_local_experts": 5})])
     def test_weights_of_another_shape(self, name, change, tmp_path):
         save_tiny(name, tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())

@@ -123,9 +123,7 @@ class TestFinish:
         writer.finish(LlamaConfig(vocab_size=9), {"quant_method": "quantlab"}, source)
         for name in assets:
             assert (writer.folder / name).read_text() == name
-        written = {
-            str(file.relative_to(writer.folder)) for file in writer.folder.rglob("*") if file.is_file()
-        }
+        written = {str(file.relative_to(writer.folder)) for file in writer.folder.rglob("*") if file.is_file()}
         assert written == {*assets, INDEX, "config.json", *(shard_name(i + 1, 3) for i in range(3))}
         index = json.loads((writer.folder / INDEX).read_text())
         assert index["weight_map"]["layer.1.codes"] == shard_name(2, 3)

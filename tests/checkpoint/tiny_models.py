@@ -94,9 +94,7 @@ def linear_layers(model: nn.Module, *, head: bool = True) -> dict[str, nn.Module
     """Every layer that can be quantized, by name."""
     kinds = (nn.Linear, Conv1D)
     found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    return {
-        name: module for name, module in found.items() if head or not name.endswith(("lm_head", "decoder"))
-    }
+    return {name: module for name, module in found.items() if head or not name.endswith(("lm_head", "decoder"))}
 
 
 def quantized(layer: nn.Module, form: int) -> QTensor:

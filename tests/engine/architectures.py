@@ -25,6 +25,14 @@ _GROUPED = {**_SIZE, "num_key_value_heads": 2}
 _MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _MLA = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -139,6 +147,18 @@ MODELS = {
         {**_SIZE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 16},
     ),
     "albert": Tiny("AlbertForMaskedLM", "AlbertConfig", {**_SIZE, "embedding_size": 32}),
+    "albert-groups": Tiny(
+        "AlbertForMaskedLM", "AlbertConfig", {**_SIZE, "num_hidden_layers": 4, "num_hidden_groups": 2, "embedding_size": 32}
+    ),
+    "funnel": Tiny("FunnelForMaskedLM", "FunnelConfig", {"vocab_size": VOCABULARY, "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96, "block_sizes": [1, 1]}),
+    "xlm": Tiny("XLMWithLMHeadModel", "XLMConfig", {"vocab_size": VOCABULARY, "emb_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64, "pad_index": 0, "eos_index": 1, "unk_index": 2, "bos_index": 3}),
+    "granite-moe": Tiny(
+        "GraniteMoeForCausalLM", "GraniteMoeConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+    "llava": Tiny("LlavaForConditionalGeneration", "LlavaConfig", {"image_token_index": 95, "text_config": {**_GROUPED, "model_type": "llama"}, "vision_config": {**_VISION, "model_type": "clip_vision_model"}}),
+    "gemma3-vision": Tiny("Gemma3ForConditionalGeneration", "Gemma3Config", {
+        "text_config": {**_GROUPED, "head_dim": 16, "sliding_window": 16}, "vision_config": _VISION,
+        "mm_tokens_per_image": 4, "image_token_index": 95, "boi_token_index": 94, "eoi_token_index": 93}),
     "t5": Tiny("T5ForConditionalGeneration", "T5Config", {**_T5, "decoder_start_token_id": 0}),
     "t5-encoder": Tiny("T5EncoderModel", "T5Config", _T5),
     "bart": Tiny("BartForConditionalGeneration", "BartConfig", {

@@ -31,9 +31,7 @@ def make_tokenizer():
         tokenizer.post_processor = TemplateProcessing(
             single=template, special_tokens=[(word, words[word]) for word in special]
         )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=8, **names
-        )
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=8, **names)
 
     return make
 

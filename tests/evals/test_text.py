@@ -28,9 +28,7 @@ def test_parts_share_no_passage_and_weigh_two_to_one(name):
 
 def test_builtin_is_prose_and_code_is_code():
     assert any("statement" in document for document in load_documents("builtin:eval"))
-    assert all(
-        "\ndef " in d or "\nclass " in d or "import" in d for d in load_documents("python-code", limit=5)
-    )
+    assert all("\ndef " in d or "\nclass " in d or "import" in d for d in load_documents("python-code", limit=5))
 
 
 def test_limit_takes_the_first_and_origin_is_told():

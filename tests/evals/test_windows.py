@@ -88,9 +88,7 @@ def test_describe_tells_windows_apart_and_is_plain(make_tokenizer):
 
 def test_too_little_is_refused_with_numbers_and_remedy(make_tokenizer):
     tokenizer = make_tokenizer("<s> $A")
-    with pytest.raises(
-        EvalError, match=r"2 tokens .*one window of 9 takes 8 .* windows of 3 tokens or fewer"
-    ):
+    with pytest.raises(EvalError, match=r"2 tokens .*one window of 9 takes 8 .* windows of 3 tokens or fewer"):
         token_windows(tokenizer, ["w1 w2"], 9)
     assert torch.equal(token_windows(tokenizer, ["w1 w2"], 3).tokens, torch.tensor([[1, 5, 6]]))
     for length in (0, 1):

@@ -14,11 +14,9 @@ from quantlab.numerics import Grid, grid
 NORMAL_FLOAT = Grid(
     "nf4-like",
     4,
-    torch.tensor(
-        [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
-    ),
+    torch.tensor([-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]),
 )
-# Integers that are not two's complement, halves, a sparse table and one that is not as long as its bits allow.
+# Integers that are not two's complement, halves, a sparse table, one not as long as its bits allow.
 ODD = [
     Grid("unsigned", 4, torch.arange(16.0)),
     Grid("ternary", 2, torch.tensor([-1.0, 0.0, 1.0])),

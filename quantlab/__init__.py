@@ -1,8 +1,8 @@
 """Post-training quantization of Hugging Face models: small, fast, and measured.
 
-After ``import quantlab`` a plain ``AutoModelForCausalLM.from_pretrained(folder)`` loads a quantized model. Importing is
-cheap: the parts below are imported when they are first used, and the checkpoint format is registered with transformers as
-soon as transformers' models are imported, before or after.
+After ``import quantlab`` a plain ``AutoModelForCausalLM.from_pretrained(folder)`` loads a quantized model. Importing
+is cheap: the parts below are imported when they are first used, and the checkpoint format is registered with
+transformers as soon as transformers' models are imported, before or after.
 """
 
 from __future__ import annotations

@@ -23,5 +23,5 @@ class DataError(QuantlabError):
     """Text that cannot be found, or that is too short."""
 
 
-class MissingStatistics(QuantlabError):
+class MissingStatisticsError(QuantlabError):
     """A method was given a layer without the statistics that it declared to need."""

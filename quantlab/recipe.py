@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
 from quantlab.errors import RecipeError
-from quantlab.numerics import Granularity, Grid, grid
+from quantlab.numerics import Granularity, Grid, choose_scales, grid
 
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SEARCHES = ("absmax", "mse", "second-moment")
@@ -85,10 +85,26 @@ class Scheme:
         """What codes mean; None where the layer stays as it is."""
         return None if self.format == "none" else grid(self.format)
 
-    @property
-    def scale_torch_dtype(self) -> torch.dtype:
-        """``scale_dtype`` as torch knows it."""
-        return _SCALE_DTYPES[self.scale_dtype]
+    def choose_scales(
+        self, weight: torch.Tensor, importance: torch.Tensor | None, granularity: Granularity | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales, and zeros where asymmetric, as the scheme wants them; see :func:`quantlab.numerics.choose_scales`.
+
+        Args:
+            weight: float32 ``[out, in]``.
+            importance: ``[in]``, or None.
+            granularity: instead of the scheme's own, for a part of a weight.
+        """
+        assert self.grid is not None, "a layer that stays as it is has no scales"
+        return choose_scales(
+            weight,
+            self.grid,
+            granularity or self.granularity,
+            symmetric=self.symmetric,
+            search=self.scale_search != "absmax",
+            importance=importance,
+            dtype=_SCALE_DTYPES[self.scale_dtype],
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,7 @@ class Calibration:
     samples: int = 64
     length: int = 512
     seed: int = 0
-    bos: bool | str = "auto"
+    bos: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):

@@ -27,7 +27,8 @@ def decode(
         ``[out, in]``.
     """
     groups = scales.shape[1]
-    values = table.float()[codes.int()].unflatten(1, (groups, -1))
+    # index_select is twice as fast as indexing here, and this is most of what the reference costs.
+    values = table.float().index_select(0, codes.flatten().int()).view(codes.shape[0], groups, -1)
     if zeros is not None:
         values = values - zeros.float().unsqueeze(-1)
     return (values * scales.float().unsqueeze(-1)).flatten(1).to(dtype)

@@ -68,8 +68,8 @@ def describe(model: nn.Module) -> Architecture:
         blocks += with_layers
     if not blocks:
         raise PreflightError(
-            f"{type(model).__name__} has no list of blocks with linear layers in it: quantlab works block by block, and "
-            "finds the blocks as the items of an nn.ModuleList"
+            f"{type(model).__name__} has no list of blocks with linear layers in it: quantlab works block by block, "
+            "and finds the blocks as the items of an nn.ModuleList"
         )
     layers = {block: tuple(name for name in linear if name.startswith(block + ".")) for block in blocks}
     inside = {name for names in layers.values() for name in names}
@@ -87,17 +87,17 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer."""
-    rows, columns = module.weight.shape
+    rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def get_weight(module: nn.Module) -> torch.Tensor:
     """The weight of a linear layer as ``[out, in]``: a view."""
-    weight = module.weight.data
+    weight = module.get_parameter("weight").data
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Replace the weight of a linear layer by ``weight [out, in]``, in the layer's own dtype."""
     own = weight.T if isinstance(module, Conv1D) else weight
-    module.weight = nn.Parameter(own.to(module.weight.dtype).contiguous(), requires_grad=False)
+    module.weight = nn.Parameter(own.to(get_weight(module).dtype).contiguous(), requires_grad=False)

@@ -121,8 +121,8 @@ class Journal:
         if {key: value for key, value in header.items() if key != "kind"} != json.loads(json.dumps(identity)):
             differs = sorted(key for key in {*header, *identity} - {"kind"} if header.get(key) != identity.get(key))
             raise PreflightError(
-                f"{self.folder} holds an interrupted run of another command (it differs in {', '.join(differs)}); run that "
-                "command again to go on with it, add --restart to throw it away, or choose another --out"
+                f"{self.folder} holds an interrupted run of another command (it differs in {', '.join(differs)}); run "
+                "that command again to go on with it, add --restart to throw it away, or choose another --out"
             )
         return lines
 

@@ -137,7 +137,7 @@ class Run:
         """Give the layers of a finished block the weights that an earlier run left in it."""
         for name, qtensor in self.journal.read(block).items():
             module = self.model.get_submodule(name)
-            set_weight(module, qtensor.dequantize(module.weight.dtype))
+            set_weight(module, qtensor.dequantize(get_weight(module).dtype))
 
     def _planned(self, block: str) -> list[PlannedLayer]:
         names = self.architecture.layers[block] if block else self.architecture.outside

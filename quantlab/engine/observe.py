@@ -17,7 +17,9 @@ from quantlab.quantizers import InputStatistics, Statistic
 
 # Tokens of the first batch that run ahead of the others to see which layers share an input.
 _SCOUT_TOKENS = 8
-# One batch in so many is held out of the comparison with the original model, to judge what the others say.
+# Every fourth batch is not compared with the original model: the comparison costs as much as all the rest. One batch in
+# eight is held out of it, to judge what the others say.
+_NOT_COMPARED = 4
 _HELD_OUT = 8
 
 
@@ -50,12 +52,17 @@ class Calibration:
         self._twin_stops = set(self._stops)
         self._forwards = [Forward(model, batch, self._stops) for batch in batches]
         self._twins = (
-            {index: Forward(original, batch, self._twin_stops) for index, batch in enumerate(batches)}
+            {
+                index: Forward(original, batch, self._twin_stops)
+                for index, batch in enumerate(batches)
+                if index % _NOT_COMPARED != _NOT_COMPARED - 1
+            }
             if original is not None
             else {}
         )
         self._open: dict[str, _Group] = {}
-        self._final: _Group | None = None
+        self._last: _Group | None = None
+        self._width = 0
         self._scout = Forward(model, batches[0][:1, :_SCOUT_TOKENS], self._blocks)
         self._hooks = ExitStack()
 
@@ -98,8 +105,10 @@ class Calibration:
         if self.standing_before() in self._blocks:
             groups = self._group(layers)
         self._open = {layer.name: group for group in groups for layer in group.layers}
-        self._final = groups[-1] if groups and not last else None
+        self._last = groups[-1] if groups and last else None
         if self.standing_before() in self._blocks:
+            first = self._forwards[0].input
+            self._width = first.shape[-1] if first is not None else 0
             self._stops.update(self._open)
             self._twin_stops.update(self._open.keys() - self._architecture.routed)
             self._advance(range(len(self._forwards)))
@@ -122,7 +131,7 @@ class Calibration:
             yield group.layers, InputStatistics(tokens=0)
 
     def _group(self, layers: list[PlannedLayer]) -> list[_Group]:
-        """Cut layers into groups with one input: seen by the scout, which runs through the block ahead of the others."""
+        """Cut layers into groups with one input; the scout, ahead of the others in the block, sees which."""
         self._scout.log = []
         self._scout.advance()
         group_of = {name: group for group in shared_inputs(self._scout.log) for name in group}
@@ -146,7 +155,6 @@ class Calibration:
             forward, twin = self._forwards[index], self._twins.get(index)
             group = self._open.get(forward.at or "")
             if group is not None:
-                assert forward.input is not None
                 group.add(forward.input)
             # Two models route tokens to experts differently, so there is no original input to compare an expert's with.
             if twin is None or forward.at is None or forward.at in self._architecture.routed:
@@ -154,10 +162,17 @@ class Calibration:
             while twin.at != forward.at and not twin.dead:
                 twin.advance()
             if group is not None and Statistic.SHIFT in group.wanted:
-                assert forward.input is not None and twin.input is not None
-                group.compare(forward.input, twin.input, held_out=index % _HELD_OUT == _HELD_OUT - 1)
-                if group is self._final:
-                    twin.advance()  # nothing more to compare in this block: it need not hold this input any longer
+                group.compare(forward.input, twin.input, held_out=index % _HELD_OUT == _HELD_OUT - 2)
+                if self._writes_residual(group):
+                    twin.advance()
+
+    def _writes_residual(self, group: _Group) -> bool:
+        """Whether a batch holds less behind these layers than before them, and may go there already.
+
+        Layers whose outputs together are as wide as the residual stream write to it; what they were made from is then
+        no longer needed. Behind the very last layers there is only the head, which nobody wants to run.
+        """
+        return group is not self._last and sum(layer.shape[0] for layer in group.layers) == self._width
 
 
 @dataclass(eq=False)
@@ -178,13 +193,16 @@ class _Group:
             wanted |= layer.needs
         return wanted
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor | None) -> None:
+        assert x is not None
         if self._accumulator is None:
             self._accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], x.device)
         self._accumulator.add(x)
 
-    def compare(self, x: torch.Tensor, original: torch.Tensor, held_out: bool) -> None:
+    def compare(self, x: torch.Tensor | None, original: torch.Tensor | None, held_out: bool) -> None:
         assert self._accumulator is not None
+        assert x is not None
+        assert original is not None
         self._accumulator.compare(x, original, held_out)
 
     def finish(self) -> InputStatistics:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from torch import nn
 
-from quantlab.engine.architecture import Architecture, features
+from quantlab.engine.architecture import Architecture, features, get_weight
 from quantlab.engine.solve import PlannedLayer, plan_layer
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.quantizers import Statistic
@@ -59,10 +59,11 @@ def _check_groups(layers: Iterable[PlannedLayer]) -> None:
     widths = {layer.shape[1] for layer in bad}
     fitting = [*(str(g) for g in _USUAL_GROUPS if all(width % g == 0 for width in widths)), "channel"]
     others = f" (and {len(bad) - 1} more layers like it)" if len(bad) > 1 else ""
+    choices = " or ".join(dict.fromkeys([*fitting[:2], "channel"]))
     raise PreflightError(
-        f"{layer.name}: in_features {layer.shape[1]} is not divisible by group size {layer.scheme.granularity}{others}; "
-        f"use {' or '.join(dict.fromkeys([*fitting[:2], 'channel']))}, for example --set granularity={fitting[0]}, or for "
-        "these layers alone, by a pattern under `layers:` in the recipe"
+        f"{layer.name}: in_features {layer.shape[1]} is not divisible by group size "
+        f"{layer.scheme.granularity}{others}; use {choices}, for example --set granularity={fitting[0]}, or for these "
+        "layers alone, by a pattern under `layers:` in the recipe"
     )
 
 
@@ -143,5 +144,5 @@ def result_size(plan: dict[str, PlannedLayer], model: nn.Module) -> int:
         grid, granularity = layer.scheme.grid, layer.scheme.granularity
         assert grid is not None
         scales = weights // granularity if isinstance(granularity, int) else layer.shape[0]
-        size += weights * grid.bits // 8 + 3 * scales - weights * model.get_submodule(name).weight.element_size()
+        size += weights * grid.bits // 8 + 3 * scales - weights * get_weight(model.get_submodule(name)).element_size()
     return size

@@ -20,8 +20,8 @@ class LayerReport:
         shape: ``(out_features, in_features)``.
         bits: bits a weight, everything stored counted.
         bytes: bytes stored.
-        error: relative error, squared: of the layer's output (``metric`` "output": ``tr(E H E^T) / tr(W H W^T)``), or of
-            its weights, weighted by the inputs' second moment ("weighted") or plain ("weight"), by what was known.
+        error: relative error, squared: of the layer's output (``metric`` "output": ``tr(E H E^T) / tr(W H W^T)``), or
+            of its weights, weighted by the inputs' second moment ("weighted") or plain ("weight"), by what was known.
         metric: see ``error``.
         tokens: calibration tokens that it saw; 0 if it needed none, or none reached it.
         notes: what a person should know.

@@ -45,14 +45,11 @@ class InputAccumulator:
     def compare(self, x: torch.Tensor, original: torch.Tensor, held_out: bool) -> None:
         """Take in the difference to the same tokens' inputs in the original model, both ``[..., in]``."""
         x = x.reshape(-1, x.shape[-1])
-        difference = original.reshape(x.shape) - x
         assert self._shift is not None
         assert self._held_out is not None
-        _add_product(self._held_out if held_out else self._shift, difference, x)
-        if held_out:
-            self._held_out_compared += len(x)
-        else:
-            self._compared += len(x)
+        _add_product(self._held_out if held_out else self._shift, original.reshape(x.shape) - x, x)
+        self._compared += len(x)
+        self._held_out_compared += len(x) if held_out else 0
 
     def finish(self) -> InputStatistics:
         """The means over all tokens."""
@@ -62,10 +59,13 @@ class InputAccumulator:
             self._diagonal = self._moment.diagonal()
         elif self._diagonal is not None:
             self._diagonal = self._diagonal / max(self.tokens, 1)
-        shift = None if self._shift is None else self._shift.div_(max(self._compared, 1))
-        enough = self._held_out is not None and self._held_out_compared > 0
-        held_out = self._held_out.div_(self._held_out_compared) if enough else None  # type: ignore[union-attr]
-        return InputStatistics(self.tokens, self._moment, self._diagonal, shift, held_out)
+        if self._shift is None or self._held_out is None or not self._compared:
+            return InputStatistics(self.tokens, self._moment, self._diagonal, self._shift)
+        shift = self._shift.add_(self._held_out).div_(self._compared)
+        if not 0 < self._held_out_compared < self._compared:
+            return InputStatistics(self.tokens, self._moment, self._diagonal, shift)
+        held_out, share = self._held_out.div_(self._held_out_compared), self._held_out_compared / self._compared
+        return InputStatistics(self.tokens, self._moment, self._diagonal, shift, held_out, share)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

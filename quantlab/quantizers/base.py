@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
-from quantlab.errors import MissingStatistics, RecipeError
+from quantlab.errors import MissingStatisticsError, RecipeError
 from quantlab.numerics import QTensor
 from quantlab.recipe import Scheme
 
@@ -33,7 +33,8 @@ class InputStatistics:
         second_moment: ``E[x x^T]``, float32 ``[in, in]``.
         diagonal: ``E[x_j^2]``, float32 ``[in]``.
         shift: ``E[(x_o - x) x^T]``, float32 ``[in, in]``, x_o from the original model and x from the quantized.
-        held_out_shift: the same over sequences that are not part of ``shift``; None if there were too few.
+        held_out_shift: the same over a held-out part of these tokens; None if there were too few.
+        held_out: that part's share of the tokens of ``shift``.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class InputStatistics:
     diagonal: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     held_out_shift: torch.Tensor | None = None
+    held_out: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ def register(name: str) -> Callable[[_Q], _Q]:
     """Enter a quantizer under the name that recipes use."""
 
     def enter(cls: _Q) -> _Q:
-        cls.name = name
+        cls.name = name  # type: ignore[attr-defined]
         _REGISTRY[name] = cls
         return cls
 
@@ -135,13 +137,13 @@ def require(problem: LayerProblem, statistic: Statistic) -> InputStatistics:
     """The problem's statistics, checked to hold what the method declared.
 
     Raises:
-        MissingStatistics: they were not collected.
+        MissingStatisticsError: they were not collected.
     """
     kept = problem.statistics
     wanted = {Statistic.SECOND_MOMENT: "second_moment", Statistic.DIAGONAL: "diagonal", Statistic.SHIFT: "shift"}
     for flag, attribute in wanted.items():
         if flag in statistic and (kept is None or (kept.tokens and getattr(kept, attribute) is None)):
-            raise MissingStatistics(
+            raise MissingStatisticsError(
                 f"{problem.name}: needs {attribute} of its inputs, which was not collected; run it over calibration "
                 "data through quantlab.quantize, or pass InputStatistics"
             )

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from quantlab.errors import RecipeError
-from quantlab.numerics import Granularity, QTensor, choose_scales
+from quantlab.numerics import Granularity, Grid, QTensor
 from quantlab.quantizers.base import InputStatistics, LayerProblem, Solution, Statistic, register, require
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
@@ -101,56 +101,71 @@ class Gptq:
         """
         grid = scheme.grid
         assert grid is not None
-        rows, columns = target.shape
+        columns = target.shape[1]
         size = scheme.granularity if isinstance(scheme.granularity, int) else columns
         dynamic = self.order != "activation" and isinstance(scheme.granularity, int)
-
-        def scales_of(part: torch.Tensor, granularity: Granularity, weights: torch.Tensor | None):
-            search = scheme.scale_search != "absmax"
-            return choose_scales(
-                part, grid, granularity, symmetric=scheme.symmetric, search=search, importance=weights,
-                dtype=scheme.scale_torch_dtype,
-            )  # fmt: skip
-
-        scales, zeros = scales_of(target, scheme.granularity, importance)
+        scales, zeros = scheme.choose_scales(target, importance)
         group_of = (order // size).tolist()
         diagonal = factor.diagonal()
         feedback = factor / diagonal  # M
         goal = target.T[order].contiguous()
         current = goal.clone()
-        codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
-        loss = torch.zeros(rows, device=target.device)
+        codes = torch.empty_like(goal, dtype=torch.uint8)
+        loss = torch.zeros(len(target), device=target.device)
         for start, stop in _spans(columns, size if dynamic else columns, self.block):
             if dynamic and start % size == 0:
-                members = slice(start, start + size)
+                members, group = slice(start, start + size), group_of[start]
                 weights = None if importance is None else importance[order[members]]
-                g = group_of[start]
-                s, z = scales_of(current[members].T.contiguous(), "channel", weights)
-                scales[:, g : g + 1] = s
-                if z is not None and zeros is not None:
-                    zeros[:, g : g + 1] = z
-            span = current[start:stop]
-            step = scales.T[group_of[start:stop]].float()
-            shift = None if zeros is None else zeros.T[group_of[start:stop]].float()
-            values = torch.empty_like(span)
-            error = torch.empty_like(span)
-            for k in range(stop - start):
-                x = span[k] / step[k]
-                if shift is not None:
-                    x += shift[k]
-                values[k] = value = grid.round(x)
-                if shift is not None:
-                    value = value - shift[k]
-                torch.addcmul(goal[start + k], value, step[k], value=-1, out=error[k])
-                if k + 1 < stop - start:
-                    span[k + 1 :].addr_(feedback[start + k, start + k + 1 : stop], error[k])
-            codes[start:stop] = grid.nearest(values)
-            residual = span - goal[start:stop] + error
-            loss += diagonal[start:stop].square() @ residual.square_()
-            current[stop:].addmm_(feedback[start:stop, stop:].T, error)
+                scale, zero = scheme.choose_scales(current[members].T.contiguous(), weights, "channel")
+                scales[:, group] = scale[:, 0]
+                if zero is not None and zeros is not None:
+                    zeros[:, group] = zero[:, 0]
+            span = slice(start, stop)
+            step = scales.T[group_of[span]].float()
+            shift = None if zeros is None else zeros.T[group_of[span]].float()
+            values, error = _round_span(grid, current[span], goal[span], step, shift, feedback[span, span])
+            codes[span] = grid.nearest(values)
+            residual = current[span] - goal[span] + error
+            loss += diagonal[span].square() @ residual.square_()
+            current[stop:].addmm_(feedback[span, stop:].T, error)
         out = torch.empty_like(codes)
         out[order] = codes
         return QTensor(out.T.contiguous(), scales, zeros, grid), loss
+
+
+def _round_span(
+    grid: Grid,
+    current: torch.Tensor,
+    goal: torch.Tensor,
+    step: torch.Tensor,
+    shift: torch.Tensor | None,
+    feedback: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a few columns one after the other; each passes its error on to those behind it.
+
+    Args:
+        grid: what codes mean.
+        current: ``[columns, out]``: the target plus the errors passed on so far; updated in place.
+        goal: ``[columns, out]``: the target.
+        step: ``[columns, out]``: scales.
+        shift: ``[columns, out]``: zeros, or None.
+        feedback: ``[columns, columns]``: this span of ``M``.
+
+    Returns:
+        ``(values, error)``, both ``[columns, out]``: grid entries, and target minus decoded weight.
+    """
+    values, error = torch.empty_like(current), torch.empty_like(current)
+    for k in range(len(current)):
+        x = current[k] / step[k]
+        if shift is None:
+            values[k] = value = grid.round(x)
+        else:
+            values[k] = value = grid.round(x.add_(shift[k]))
+            value = value - shift[k]
+        torch.addcmul(goal[k], value, step[k], value=-1, out=error[k])
+        if k + 1 < len(current):
+            current[k + 1 :].addr_(feedback[k, k + 1 :], error[k])
+    return values, error
 
 
 def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
@@ -177,20 +192,25 @@ def target_shift(
 ) -> torch.Tensor:
     """The step from ``W`` towards the target that reproduces the original model's output: ``[out, in]``.
 
-    The least-squares step is ``S = W E[(x_o - x) x^T] H^-1``, a regression with one coefficient for each input of each
-    output. With some ten or twenty tokens a coefficient much of it is noise, which fits the calibration text and nothing
-    else, and every later layer is then fitted to inputs that look better than they are: at full strength a model is
-    ruined. So the step is scaled by what minimizes the error on held-out sequences,
-    ``<S, W D_held> / <S, S H>`` (1 where these say the same as the others), and dropped where they disagree.
+    The least-squares step is ``S = W E[(x_o - x) x^T] H^-1``, a regression with one coefficient for each input of
+    each output. With some ten or twenty tokens a coefficient much of it is noise, which fits the calibration text and
+    nothing else, and every later layer is then fitted to inputs that look better than they are: at full strength a
+    model is ruined. So the strength is judged on held-out tokens: the step ``S'`` that the others give is best scaled
+    by ``<S', W D_held> / <S', S' H>`` (1 where both say the same, 0 where they contradict), and so is ``S``.
     """
     assert statistics.shift is not None
-    step = (weight @ statistics.shift)[:, order]
-    step = torch.linalg.solve_triangular(factor.T, step, upper=False, left=False)
-    energy = step.square().sum()  # of S C: <S, S H>
-    step = torch.linalg.solve_triangular(factor, step, upper=True, left=False)
+
+    def regress(shift: torch.Tensor) -> torch.Tensor:
+        """``W shift H^-1``, multiplied by ``C`` from the right: its columns, like C's, in the order of rounding."""
+        return torch.linalg.solve_triangular(factor.T, (weight @ shift)[:, order], upper=False, left=False)
+
+    step = regress(statistics.shift)
     if statistics.held_out_shift is not None:
-        agreement = ((weight @ statistics.held_out_shift)[:, order] * step).sum()
-        step *= (agreement / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
+        held = regress(statistics.held_out_shift)
+        others = (step - statistics.held_out * held) / (1 - statistics.held_out)
+        energy = others.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        step *= ((others * held).sum() / energy).clamp(0, 1)
+    step = torch.linalg.solve_triangular(factor, step, upper=True, left=False)
     return torch.empty_like(step).index_copy_(1, order, step)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from quantlab.numerics import QTensor, apply_scales, choose_scales
+from quantlab.numerics import QTensor, apply_scales
 from quantlab.quantizers.base import LayerProblem, Solution, Statistic, register, require
 from quantlab.recipe import Scheme
 
@@ -26,13 +26,5 @@ class Rtn:
         require(problem, self.needs(scheme))
         grid = scheme.grid
         assert grid is not None, "layers that stay as they are never reach a quantizer"
-        scales, zeros = choose_scales(
-            problem.weight,
-            grid,
-            scheme.granularity,
-            symmetric=scheme.symmetric,
-            search=scheme.scale_search != "absmax",
-            importance=problem.importance(scheme),
-            dtype=scheme.scale_torch_dtype,
-        )
+        scales, zeros = scheme.choose_scales(problem.weight, problem.importance(scheme))
         return Solution(QTensor(apply_scales(problem.weight, grid, scales, zeros), scales, zeros, grid))

@@ -65,9 +65,7 @@ MODELS = {
     "llama-fp16-tied": Tiny(
         "LlamaForCausalLM", "LlamaConfig", {**_GROUPED, "tie_word_embeddings": True}, torch.float16
     ),
-    "llama-bias": Tiny(
-        "LlamaForCausalLM", "LlamaConfig", {**_GROUPED, "attention_bias": True, "mlp_bias": True}
-    ),
+    "llama-bias": Tiny("LlamaForCausalLM", "LlamaConfig", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
     "qwen2": Tiny("Qwen2ForCausalLM", "Qwen2Config", _GROUPED, torch.bfloat16),
     "qwen3": Tiny("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "head_dim": 16}),
@@ -91,14 +89,20 @@ MODELS = {
         "GPTNeoConfig",
         {**_SIZE, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     ),
-    "bloom": Tiny("BloomForCausalLM", "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "bloom": Tiny(
+        "BloomForCausalLM", "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    ),
     "falcon": Tiny("FalconForCausalLM", "FalconConfig", {**_SIZE, "parallel_attn": True}),
     "falcon-new": Tiny(
         "FalconForCausalLM",
         "FalconConfig",
         {**_SIZE, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     ),
-    "mpt": Tiny("MptForCausalLM", "MptConfig", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "mpt": Tiny(
+        "MptForCausalLM",
+        "MptConfig",
+        {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    ),
     "gptj": Tiny("GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 8}),
     "codegen": Tiny("CodeGenForCausalLM", "CodeGenConfig", {**_GPT, "rotary_dim": 8}),
     "gpt-bigcode": Tiny("GPTBigCodeForCausalLM", "GPTBigCodeConfig", _GPT),
@@ -119,9 +123,7 @@ MODELS = {
     ),
     "qwen3-moe": Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_GROUPED, **_MOE, "head_dim": 16}),
     "olmoe": Tiny("OlmoeForCausalLM", "OlmoeConfig", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
-    "phimoe": Tiny(
-        "PhimoeForCausalLM", "PhimoeConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
+    "phimoe": Tiny("PhimoeForCausalLM", "PhimoeConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek-v2": Tiny("DeepseekV2ForCausalLM", "DeepseekV2Config", {**_SIZE, **_MLA}),
     "deepseek-v3": Tiny("DeepseekV3ForCausalLM", "DeepseekV3Config", {**_SIZE, **_MLA}),
     "gpt-oss": Tiny(
@@ -129,16 +131,73 @@ MODELS = {
         "GptOssConfig",
         {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     ),
-    "mamba": Tiny("MambaForCausalLM", "MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 16}),
-    "mamba2": Tiny("Mamba2ForCausalLM", "Mamba2Config", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16}),
-    "jamba": Tiny("JambaForCausalLM", "JambaConfig", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 16, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}),
+    "mamba": Tiny(
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 16},
+    ),
+    "mamba2": Tiny(
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+        },
+    ),
+    "jamba": Tiny(
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 16,
+            "use_mamba_kernels": False,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+    ),
     "lfm2": Tiny("Lfm2ForCausalLM", "Lfm2Config", {**_GROUPED, "layer_types": ["conv", "full_attention"]}),
-    "recurrent-gemma": Tiny("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", {**_GROUPED, "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32}),
-    "rwkv": Tiny("RwkvForCausalLM", "RwkvConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "intermediate_size": 96}),
+    "recurrent-gemma": Tiny(
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {**_GROUPED, "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32},
+    ),
+    "rwkv": Tiny(
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "attention_hidden_size": 64,
+            "intermediate_size": 96,
+        },
+    ),
     "bert-mlm": Tiny("BertForMaskedLM", "BertConfig", _SIZE),
     "bert": Tiny("BertModel", "BertConfig", _SIZE),
     "roberta": Tiny("RobertaForMaskedLM", "RobertaConfig", _SIZE),
-    "distilbert": Tiny("DistilBertForMaskedLM", "DistilBertConfig", {"vocab_size": VOCABULARY, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}),
+    "distilbert": Tiny(
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "dim": 64,
+            "hidden_dim": 96,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+        },
+    ),
     "electra": Tiny("ElectraForMaskedLM", "ElectraConfig", {**_SIZE, "embedding_size": 32}),
     "deberta-v2": Tiny("DebertaV2ForMaskedLM", "DebertaV2Config", _SIZE),
     "modernbert": Tiny(
@@ -148,23 +207,77 @@ MODELS = {
     ),
     "albert": Tiny("AlbertForMaskedLM", "AlbertConfig", {**_SIZE, "embedding_size": 32}),
     "albert-groups": Tiny(
-        "AlbertForMaskedLM", "AlbertConfig", {**_SIZE, "num_hidden_layers": 4, "num_hidden_groups": 2, "embedding_size": 32}
+        "AlbertForMaskedLM",
+        "AlbertConfig",
+        {**_SIZE, "num_hidden_layers": 4, "num_hidden_groups": 2, "embedding_size": 32},
     ),
-    "funnel": Tiny("FunnelForMaskedLM", "FunnelConfig", {"vocab_size": VOCABULARY, "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96, "block_sizes": [1, 1]}),
-    "xlm": Tiny("XLMWithLMHeadModel", "XLMConfig", {"vocab_size": VOCABULARY, "emb_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64, "pad_index": 0, "eos_index": 1, "unk_index": 2, "bos_index": 3}),
+    "funnel": Tiny(
+        "FunnelForMaskedLM",
+        "FunnelConfig",
+        {"vocab_size": VOCABULARY, "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96, "block_sizes": [1, 1]},
+    ),
+    "xlm": Tiny(
+        "XLMWithLMHeadModel",
+        "XLMConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "emb_dim": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_index": 0,
+            "eos_index": 1,
+            "unk_index": 2,
+            "bos_index": 3,
+        },
+    ),
     "granite-moe": Tiny(
         "GraniteMoeForCausalLM", "GraniteMoeConfig", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
-    "llava": Tiny("LlavaForConditionalGeneration", "LlavaConfig", {"image_token_index": 95, "text_config": {**_GROUPED, "model_type": "llama"}, "vision_config": {**_VISION, "model_type": "clip_vision_model"}}),
-    "gemma3-vision": Tiny("Gemma3ForConditionalGeneration", "Gemma3Config", {
-        "text_config": {**_GROUPED, "head_dim": 16, "sliding_window": 16}, "vision_config": _VISION,
-        "mm_tokens_per_image": 4, "image_token_index": 95, "boi_token_index": 94, "eoi_token_index": 93}),
+    "llava": Tiny(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "image_token_index": 95,
+            "text_config": {**_GROUPED, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+        },
+    ),
+    "gemma3-vision": Tiny(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": {**_GROUPED, "head_dim": 16, "sliding_window": 16},
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 95,
+            "boi_token_index": 94,
+            "eoi_token_index": 93,
+        },
+    ),
     "t5": Tiny("T5ForConditionalGeneration", "T5Config", {**_T5, "decoder_start_token_id": 0}),
     "t5-encoder": Tiny("T5EncoderModel", "T5Config", _T5),
-    "bart": Tiny("BartForConditionalGeneration", "BartConfig", {
-        "vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}),
-}  # fmt: skip
+    "bart": Tiny(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": 2,
+        },
+    ),
+}
 
 
 def tiny_model(name: str) -> PreTrainedModel:

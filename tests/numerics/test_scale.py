@@ -63,8 +63,8 @@ def test_the_search_is_never_worse_than_absmax(layer, table, symmetric):
     after = group_errors(weight, searched, granularity, importance)
     nothing = QTensor(plain.codes, 0 * plain.scales, None, table)
     energy = group_errors(weight, nothing, granularity, importance)
-    # Errors are compared as what they leave of the energy, in float32.
-    assert torch.all(after <= before * (1 + 1e-4) + 2e-7 * energy)
+    # The search compares what errors leave of the energy, in float32: smaller differences are lost.
+    assert torch.all(after <= before * (1 + 1e-4) + 2e-6 * energy)
 
 
 def best_of_500(weight: torch.Tensor, table: Grid, importance: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,8 @@ from synthetic import (
     weights,
 )
 
-from quantlab.errors import MissingStatistics, QuantlabError, RecipeError
-from quantlab.numerics import QTensor, grid
+from quantlab.errors import MissingStatisticsError, QuantlabError, RecipeError
+from quantlab.numerics import QTensor, choose_scales, grid
 from quantlab.quantizers import InputStatistics, Solution, Statistic, make_quantizer
 from quantlab.quantizers.gptq import Gptq, column_order, factorize
 from quantlab.quantizers.rtn import Rtn
@@ -133,9 +133,11 @@ def test_codes_are_those_of_the_paper(reference, scheme, order, damping):
 
 
 @pytest.mark.parametrize("order", ["natural", "group-aware"])
-def test_a_groups_scale_is_chosen_when_its_turn_comes(order):
-    """From the updated weights; abs-max, so that the reference needs no search."""
-    scheme = Scheme(granularity=8, scale_search="absmax", scale_dtype="float32")
+@pytest.mark.parametrize("search", ["absmax", "second-moment"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_groups_scale_is_chosen_when_its_turn_comes(order, search, symmetric):
+    """From the weights as the paper has updated them by then, and the importances of the group's own inputs."""
+    scheme = Scheme(granularity=8, symmetric=symmetric, scale_search=search, scale_dtype="float32")
     kept = statistics(X)
     q = solve(x=kept, scheme=scheme, order=order, damping=0.05, block=3).qtensor
     taken = column_order(kept.diagonal, order, 8).numpy()
@@ -145,9 +147,16 @@ def test_a_groups_scale_is_chosen_when_its_turn_comes(order):
     nearest = rounding_of(q)
     for i, column in enumerate(taken):
         if i % 8 == 0:
-            group = w[:, i : i + 8]
-            extreme = np.take_along_axis(group, np.abs(group).argmax(1)[:, None], 1)[:, 0]
-            np.testing.assert_allclose(array(q.scales)[:, column // 8], extreme / -8, rtol=1e-4)
+            scales, zeros = choose_scales(
+                torch.from_numpy(w[:, i : i + 8]).float(),
+                scheme.grid,
+                "channel",
+                symmetric=symmetric,
+                search=search != "absmax",
+                importance=kept.diagonal[taken[i : i + 8]] if search != "absmax" else None,
+            )
+            torch.testing.assert_close(q.scales[:, column // 8], scales[:, 0], rtol=1e-3, atol=0)
+            assert symmetric or torch.equal(q.zeros[:, column // 8], zeros[:, 0])
         _, value = nearest(column, w[:, i])
         w[:, i:] -= np.outer((w[:, i] - value) / upper[i, i], upper[i, i:])
 
@@ -272,14 +281,14 @@ def test_fewer_tokens_than_inputs(scheme, order, tokens):
 
 
 def test_damping_rises_until_the_factorization_succeeds_and_says_so():
-    """An eigenvalue is at -0.1 of the mean: of 0.01, 0.02, ... 0.16 is the first that is enough."""
+    """An eigenvalue is at -0.1 of the mean: of 0.015, 0.03, ... 0.12 is the first that is enough."""
     basis = torch.linalg.qr(weights(COLUMNS, COLUMNS, seed=5).double())[0]
     eigenvalues = torch.linspace(0.5, 1.5, COLUMNS, dtype=torch.float64)
+    eigenvalues *= (COLUMNS + 0.1) / eigenvalues[1:].sum()
     eigenvalues[0] = -0.1
-    eigenvalues *= COLUMNS / eigenvalues.sum()
     moment = (basis * eigenvalues @ basis.T).float()
-    solution = solve(x=moment_statistics(moment), damping=0.01)
-    assert solution.notes == ("damping raised to 0.16",)
+    solution = solve(x=moment_statistics(moment), damping=0.015)
+    assert solution.notes == ("damping raised to 0.12",)
     assert solution.qtensor.dequantize().isfinite().all()
     assert solve(x=moment_statistics(moment), damping=0.2).notes == ()
 
@@ -403,7 +412,7 @@ def test_no_token_means_round_to_nearest_and_a_note(order, search):
     ],
 )
 def test_missing_statistics_are_named_with_the_layer(kept, asym, missing):
-    with pytest.raises(MissingStatistics, match=f"model.layers.3.mlp.down_proj: needs {missing}"):
+    with pytest.raises(MissingStatisticsError, match=f"model.layers.3.mlp.down_proj: needs {missing}"):
         Gptq(asym=asym).quantize(problem(W, kept), SCHEMES["grouped"])
 
 
@@ -492,7 +501,7 @@ def test_the_shift_brings_the_original_output_closer(order, scheme):
 
 @each_order
 def test_the_step_goes_as_far_as_held_out_sequences_agree(order):
-    """Held-out sequences that say ``c`` times the same scale the step by ``c``, between nothing and all of it."""
+    """Held-out sequences that say ``c`` times the same scale the step by ``c``, from nothing to all of it."""
     kept = statistics(X, ORIGINAL)
 
     def held_out(times: float) -> Solution:

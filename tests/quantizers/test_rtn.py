@@ -6,7 +6,7 @@ import pytest
 import torch
 from synthetic import NF4, TableScheme, inputs, moment_statistics, output_error, problem, statistics, weights
 
-from quantlab.errors import MissingStatistics, RecipeError
+from quantlab.errors import MissingStatisticsError, RecipeError
 from quantlab.numerics import apply_scales, choose_scales
 from quantlab.quantizers import InputStatistics, Quantizer, Statistic, make_quantizer, quantizer_names
 from quantlab.quantizers.gptq import Gptq
@@ -64,7 +64,7 @@ def test_needs():
 
 @pytest.mark.parametrize("kept", [None, InputStatistics(5)])
 def test_a_missing_diagonal_is_named_with_the_layer(kept):
-    with pytest.raises(MissingStatistics, match=r"model\.layers\.3\.mlp\.down_proj: needs diagonal"):
+    with pytest.raises(MissingStatisticsError, match=r"model\.layers\.3\.mlp\.down_proj: needs diagonal"):
         Rtn().quantize(problem(W, kept), Scheme())
     for search in ("mse", "absmax"):
         Rtn().quantize(problem(W, kept), Scheme(scale_search=search))

@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(BIN)/quantlab eval $(DEMO)/w4-gptq --against demo --text builtin:eval --windows 8 --report $(DEMO)/report.md
 
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlab.errors import RecipeError
-from quantlab.numerics import grid
+from quantlab.numerics import choose_scales, grid
 from quantlab.quantizers import make_quantizer
 from quantlab.recipe import Calibration, Recipe, Scheme, from_dict, load_recipe, matches, ready_recipes
 
@@ -197,8 +197,22 @@ def test_a_scheme_resolves_to_what_torch_needs():
     assert Scheme(format="none").grid is None
     assert Scheme(format="none").keeps
     assert not Scheme().keeps
-    dtypes = {name: Scheme(scale_dtype=name).scale_torch_dtype for name in ("float32", "float16", "bfloat16")}
-    assert dtypes == {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("granularity", [8, "channel", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("search", ["absmax", "mse", "second-moment"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_scheme_chooses_scales_as_it_says(granularity, symmetric, search, dtype):
+    scheme = Scheme("int3", granularity, symmetric, search, dtype)
+    weight, importance = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 9, 16)
+    for part in (None, "channel"):
+        chosen = scheme.choose_scales(weight, importance, part)
+        how = {"symmetric": symmetric, "search": search != "absmax", "importance": importance}
+        expected = choose_scales(weight, grid("int3"), part or granularity, dtype=getattr(torch, dtype), **how)
+        assert torch.equal(chosen[0], expected[0])
+        assert chosen[0].dtype == getattr(torch, dtype)
+        assert (chosen[1] is None) if symmetric else torch.equal(chosen[1], expected[1])
 
 
 # --- overrides ---

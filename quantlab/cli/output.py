@@ -75,7 +75,7 @@ class Output:
                 console = answer_console()
                 with console.capture() as printed:  # rich would end the program where the pipe is closed
                     for word in words:
-                        console.print(word)
+                        console.print(word, soft_wrap=isinstance(word, Text))  # text stays as it stands
                 sys.stdout.write(printed.get())
             sys.stdout.flush()
         except BrokenPipeError as error:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from quantlab.engine.architecture import Architecture, get_weight, set_weight
 from quantlab.engine.journal import Journal
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
+from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import PlannedLayer, solve
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
@@ -34,6 +35,8 @@ from quantlab.quantizers import InputStatistics, Statistic
 
 # The name of what is in no block: embeddings, the last norm, the head.
 OUTSIDE = ""
+
+_Answer = tuple[QTensor, LayerReport]
 
 
 @dataclass
@@ -71,52 +74,67 @@ class Run:
             for block in (*self.architecture.blocks, OUTSIDE):
                 if not self.journal.done(block):
                     self._load(block, [self.model])
-                    self._quantize(block, (([layer], None) for layer in self._planned(block)))
+                    self._commit(block, self._solve(([layer], None) for layer in self._planned(block)))
                     self._unload(block, [self.model])
 
     def _execute_calibrated(self) -> None:
+        if self.journal.done(OUTSIDE):  # always the last to be committed
+            return
         shifted = any(Statistic.SHIFT in layer.needs for layer in self.plan.values())
         models = [self.model, self.source.skeleton()] if shifted else [self.model]
         _return_freed_memory()  # tokenizing leaves much behind
         self._load(OUTSIDE, [self.model])
         for twin in models[1:]:
             self._share_outside(twin)
-        outside = [layer.name for layer in self._planned(OUTSIDE) if layer.needs]
         original = models[1] if shifted else None
-        with Calibration(self.model, original, self.architecture, self.batches, outside) as calibration:
-            remaining = [*self.architecture.blocks]
-            while remaining:
-                standing = calibration.standing_before()
-                block = standing if standing in remaining else remaining[0]
-                remaining.remove(block)
-                self._load(block, models)
-                last = not remaining and not outside
-                if self.journal.done(block):
-                    self._restore(block)
+        remaining = set(self.architecture.blocks)
+        waiting = {layer.name: layer for layer in self._planned(OUTSIDE) if layer.needs}
+        outside: list[_Answer] = []
+        with Calibration(self.model, original, self.architecture, self.batches, list(waiting)) as calibration:
+            while (remaining or waiting) and (at := calibration.standing_before()) is not None:
+                if at in waiting:  # before the blocks (a projection of the embedding) or behind them (a head)
+                    layer = waiting.pop(at)
+                    outside += self._solve(calibration.observe([layer], last=not (remaining or waiting)))
+                    continue
+                remaining.discard(at)
+                last = not (remaining or waiting)
+                self._load(at, models)
+                if self.journal.done(at):  # in an earlier run, or in this one: some models run a block several times
+                    self._restore(at)
                     if not last:
                         calibration.pass_through()
                 else:
-                    self._quantize(block, calibration.observe(self._planned(block), last=last))
-                self._unload(block, models)
-            if not self.journal.done(OUTSIDE):
-                self._quantize(OUTSIDE, calibration.observe(self._planned(OUTSIDE), last=True))
+                    self._commit(at, self._solve(calibration.observe(self._planned(at), last=last)))
+                self._unload(at, models)
+        for block in self.architecture.blocks:
+            if not self.journal.done(block):  # no token reached it: a vision tower
+                self._load(block, [self.model])
+                self._commit(block, self._solve(_unseen(self._planned(block))))
+                self._unload(block, [self.model])
+        done = {report.layer for _, report in outside}
+        rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
+        self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
 
-    def _quantize(self, block: str, groups: Iterator[tuple[list[PlannedLayer], InputStatistics | None]]) -> None:
-        """Solve the groups of a block as they come, and write the block."""
-        quantized: dict[str, QTensor] = {}
-        reports = []
+    def _solve(self, groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]]) -> list[_Answer]:
+        """Solve groups of layers as they come, and put the quantized weights in their places."""
+        answers = []
         for group, statistics in groups:
             modules = {layer.name: self.model.get_submodule(layer.name) for layer in group}
             weights = {name: get_weight(module) for name, module in modules.items()}
             for qtensor, report in solve(group, weights, statistics):
-                quantized[report.layer] = qtensor
                 set_weight(modules[report.layer], qtensor.dequantize(weights[report.layer].dtype))
-                reports.append(report)
+                answers.append((qtensor, report))
                 self.progress.layer(report)
+        return answers
+
+    def _commit(self, block: str, answers: list[_Answer]) -> None:
+        """Write a block."""
+        quantized = {report.layer: qtensor for qtensor, report in answers}
         storages = {
             name: Storage.of(qtensor, bias=self.model.get_submodule(name).bias is not None)
             for name, qtensor in quantized.items()
         }
+        reports = [report for _, report in answers]
         self.journal.commit(block, self._tensors(block, quantized), reports, storages)
 
     def _tensors(self, block: str, quantized: dict[str, QTensor]) -> dict[str, torch.Tensor]:
@@ -163,6 +181,12 @@ class Run:
         for model in models:
             self.source.unload(model, lambda name: self._belongs(name, block))
         _return_freed_memory()
+
+
+def _unseen(layers: Iterable[PlannedLayer]) -> Iterator[tuple[list[PlannedLayer], InputStatistics | None]]:
+    """Layers that no token reached, one by one."""
+    for layer in layers:
+        yield [layer], InputStatistics(tokens=0) if layer.needs else None
 
 
 def _return_freed_memory() -> None:

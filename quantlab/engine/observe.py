@@ -115,9 +115,11 @@ class Calibration:
         else:
             self._take_in(range(len(self._forwards)))
         while groups:
-            # All stand before the same group, except where experts are skipped by batches without tokens for them.
+            # All stand before the same group, except where batches without tokens for an expert have skipped it: those
+            # wait behind the experts until the others have arrived.
             standing = {self._open.get(forward.at or "") for forward in self._forwards}
-            group = next((group for group in groups if group in standing), None)
+            reached = [group for group in groups if group in standing]
+            group = min(reached, key=lambda group: group.names.isdisjoint(self._architecture.routed), default=None)
             if group is None:
                 break
             groups.remove(group)

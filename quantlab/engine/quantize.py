@@ -94,7 +94,7 @@ def quantize(
     """
     progress = progress or Silent()
     started = time.perf_counter()
-    out = Path(out).expanduser().absolute()
+    asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
     _check_out(out, overwrite)
     source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
@@ -120,7 +120,7 @@ def quantize(
         raise
     _finish(journal, source, skeleton, chosen)
     result = Result(
-        folder=out,
+        folder=asked,
         recipe=chosen,
         reports=tuple(journal.reports),
         calibration=data.description if data else {},

@@ -10,6 +10,7 @@ from itertools import groupby
 import torch
 
 from quantlab.engine.report import LayerReport
+from quantlab.errors import CheckpointError
 from quantlab.numerics import QTensor
 from quantlab.quantizers import InputStatistics, LayerProblem, Quantizer, Statistic, make_quantizer
 from quantlab.recipe import Scheme
@@ -55,6 +56,8 @@ def solve(
     Returns:
         For each layer, in order, its quantized weight and its report.
     """
+    layers = list(layers)
+    _check_finite(layers, weights, statistics)
     answers = []
     for scheme, members in groupby(layers, key=lambda layer: layer.scheme):
         stack = list(members)
@@ -62,6 +65,23 @@ def solve(
         for part in stacks:
             answers += _solve_stack(part, [weights[layer.name].float() for layer in part], statistics)
     return answers
+
+
+def _check_finite(
+    layers: list[PlannedLayer], weights: Mapping[str, torch.Tensor], statistics: InputStatistics | None
+) -> None:
+    for layer in layers:
+        if not weights[layer.name].isfinite().all():
+            raise CheckpointError(
+                f"{layer.name}: its weight holds NaN or infinity; the checkpoint is damaged, or overflowed when it was "
+                "converted to float16: get it again, or keep this layer as it is with format none"
+            )
+    if statistics is not None and statistics.diagonal is not None and not statistics.diagonal.isfinite().all():
+        names = ", ".join(layer.name for layer in layers)
+        raise CheckpointError(
+            f"{names}: the inputs that the calibration data make are not finite; the model overflows in "
+            f"{weights[layers[0].name].dtype}: convert it to bfloat16 or float32 first"
+        )
 
 
 def _solve_stack(

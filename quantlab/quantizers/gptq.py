@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from quantlab.errors import RecipeError
+from quantlab.errors import QuantlabError, RecipeError
 from quantlab.numerics import Granularity, Grid, QTensor
 from quantlab.quantizers.base import InputStatistics, LayerProblem, Solution, Statistic, register, require
 from quantlab.quantizers.rtn import Rtn
@@ -54,9 +54,9 @@ class Gptq:
     def __post_init__(self) -> None:
         if self.order not in _ORDERS:
             raise RecipeError(f"gptq: order {self.order!r}: use one of {', '.join(_ORDERS)}")
-        if not 0 < self.damping <= 1:
+        if not _is_number(self.damping) or not 0 < self.damping <= 1:
             raise RecipeError(f"gptq: damping {self.damping!r}: use a fraction above 0 and at most 1")
-        if not 0 <= self.asym <= 1:
+        if not _is_number(self.asym) or not 0 <= self.asym <= 1:
             raise RecipeError(f"gptq: asym {self.asym!r}: use 0 to 1")
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"gptq: block {self.block!r}: use a positive whole number")
@@ -66,19 +66,28 @@ class Gptq:
         return Statistic.SECOND_MOMENT | (Statistic.SHIFT if self.asym else Statistic.NONE)
 
     def quantize(self, problem: LayerProblem, scheme: Scheme) -> Solution:
-        """Solve one layer; falls back to round-to-nearest, with a note, where no input was seen."""
+        """Solve one layer; falls back to round-to-nearest, with a note, where no input was seen.
+
+        Raises:
+            QuantlabError: the inputs' second moment is not finite.
+        """
         statistics = require(problem, self.needs(scheme))
         if statistics.tokens == 0:
             solution = Rtn().quantize(problem, scheme)
             return Solution(solution.qtensor, notes=("no calibration token reached it: rounded to nearest",))
         assert statistics.second_moment is not None
+        if not statistics.second_moment.isfinite().all():
+            raise QuantlabError(
+                f"{problem.name}: the second moment of its inputs is not finite: the model overflows on the "
+                "calibration text; convert it to bfloat16 or float32 first, or leave this layer out with format: none"
+            )
         diagonal = statistics.second_moment.diagonal()
         order = column_order(diagonal, self.order, scheme.granularity)
         factor, damping = factorize(statistics.second_moment[order][:, order], self.damping)
 
         target = problem.weight.masked_fill(diagonal == 0, 0)  # an input that is never on: its weights are free
         if self.asym:
-            target = target + self.asym * target_shift(target, statistics, factor, order)
+            target = target + self.asym * target_shift(problem.weight, statistics, factor, order)
 
         qtensor, loss = self._round(target, factor, order, scheme, problem.importance(scheme))
         error = target - qtensor.dequantize()
@@ -116,7 +125,10 @@ class Gptq:
             if dynamic and start % size == 0:
                 members, group = slice(start, start + size), group_of[start]
                 weights = None if importance is None else importance[order[members]]
-                scale, zero = scheme.choose_scales(current[members].T.contiguous(), weights, "channel")
+                # The group's weights once they too make up for the error so far: what its scale must cover.
+                lower, passed_on = feedback[members, members].T, current[members] - goal[members]
+                moved = torch.linalg.solve_triangular(lower, passed_on, upper=False, unitriangular=True)
+                scale, zero = scheme.choose_scales((goal[members] + moved).T.contiguous(), weights, "channel")
                 scales[:, group] = scale[:, 0]
                 if zero is not None and zeros is not None:
                     zeros[:, group] = zero[:, 0]
@@ -168,6 +180,10 @@ def _round_span(
     return values, error
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """Upper triangular ``C`` with ``C C^T = H + damping * mean(diag H) * I``, and the damping that it took.
 
@@ -182,7 +198,7 @@ def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
         damped = moment + torch.diag(torch.where(dead, mean, damping * mean))
         # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and bool(lower.isfinite().all()):
+        if not failed:
             return lower.flip(0, 1), damping
         damping *= 2
 

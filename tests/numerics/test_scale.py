@@ -260,6 +260,16 @@ def test_asymmetric_integers_decode_zero_exactly(table, search, offset):
         assert torch.all((q.dequantize() - weight).abs() <= step * (1 + 1e-4))
 
 
+@each_table
+@pytest.mark.parametrize("offset", [5.0, -5.0])
+def test_asymmetric_ranges_reach_every_weight_far_from_zero(table, offset):
+    """The range of weights that are all of one sign begins at zero, or their far end would be cut off."""
+    weight = gaussian(20, 16, seed=13) + offset
+    q = rounded(weight, table, 8, symmetric=False, search=False)
+    step = q.scales.repeat_interleave(8, 1) * table.values.diff().max()
+    assert torch.all((q.dequantize() - weight).abs() <= step * (1 + 1e-4))
+
+
 def test_asymmetric_gains_on_one_sided_weights():
     weight = gaussian(50, 32, seed=10).abs()
     one_sided, signed = (

@@ -305,7 +305,7 @@ def test_the_factor_is_that_of_the_damped_moment(damping):
     torch.testing.assert_close(product, damped, rtol=1e-5, atol=1e-6 * float(damped.max()))
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(10)
 @each_order
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_inputs_that_are_not_finite_are_refused_with_the_layers_name(order, value):

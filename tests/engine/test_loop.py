@@ -104,7 +104,7 @@ def engine(chosen, tokens, folder, name="llama", progress=None):
     "changes",
     [
         {},
-        {"options": {"order": "natural"}},
+        {"options": {"order": "natural"}, "scale_search": "absmax"},
         {"granularity": "channel", "symmetric": False},
         {"quantizer": "rtn", "scale_search": "second-moment"},
     ],
@@ -119,9 +119,7 @@ def test_gives_what_running_everything_again_gives(changes, tokens, tmp_path):
         # Sums over tokens run in another order, so a weight in the middle of two codes may fall to either side.
         same = (actual[layer].codes == qtensor.codes).float().mean()
         assert same > 0.998, layer
-        # ... and so may a scale whose search ends in a near tie.
-        close = torch.isclose(actual[layer].scales, qtensor.scales, rtol=1e-2, atol=0).float().mean()
-        assert close > 0.99, layer
+        torch.testing.assert_close(actual[layer].scales, qtensor.scales, rtol=2e-2, atol=0)
         assert reports[layer].tokens == tokens.numel()
 
 

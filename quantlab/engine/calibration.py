@@ -29,8 +29,9 @@ class CalibrationData:
     description: dict[str, Any]
 
     def batches(self) -> list[torch.Tensor]:
-        """The sequences in batches of about 2048 tokens."""
-        return list(self.tokens.split(max(1, _BATCH_TOKENS // self.tokens.shape[1])))
+        """The sequences in batches of about 2048 tokens; in four or more where there are four sequences."""
+        sequences, length = self.tokens.shape
+        return list(self.tokens.split(max(1, min(_BATCH_TOKENS // length, sequences // 4))))
 
 
 def prepare(choice: Calibration, tokenizer: Any, config: Any, text: CalibrationText | None = None) -> CalibrationData:

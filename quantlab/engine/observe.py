@@ -51,15 +51,10 @@ class Calibration:
         self._stops = self._blocks | self._outside
         self._twin_stops = set(self._stops)
         self._forwards = [Forward(model, batch, self._stops) for batch in batches]
-        self._twins = (
-            {
-                index: Forward(original, batch, self._twin_stops)
-                for index, batch in enumerate(batches)
-                if index % _NOT_COMPARED != _NOT_COMPARED - 1
-            }
-            if original is not None
-            else {}
-        )
+        compared, self._held_out = _comparison(len(batches))
+        self._twins: dict[int, Forward] = {}
+        if original is not None:
+            self._twins = {index: Forward(original, batches[index], self._twin_stops) for index in compared}
         self._open: dict[str, _Group] = {}
         self._last: _Group | None = None
         self._width = 0
@@ -164,7 +159,7 @@ class Calibration:
             while twin.at != forward.at and not twin.dead:
                 twin.advance()
             if group is not None and Statistic.SHIFT in group.wanted:
-                group.compare(forward.input, twin.input, held_out=index % _HELD_OUT == _HELD_OUT - 2)
+                group.compare(forward.input, twin.input, held_out=index in self._held_out)
                 if self._writes_residual(group):
                     twin.advance()
 
@@ -175,6 +170,17 @@ class Calibration:
         no longer needed. Behind the very last layers there is only the head, which nobody wants to run.
         """
         return group is not self._last and sum(layer.shape[0] for layer in group.layers) == self._width
+
+
+def _comparison(batches: int) -> tuple[list[int], set[int]]:
+    """Which of so many batches are compared with the original model, and which of these are held out.
+
+    Without a batch to hold out nothing is compared: nothing could say how far to believe it.
+    """
+    compared = [index for index in range(batches) if index % _NOT_COMPARED != _NOT_COMPARED - 1]
+    if len(compared) < 2:
+        return [], set()
+    return compared, {index for index in compared if index % _HELD_OUT == _HELD_OUT - 2} or {compared[-1]}
 
 
 @dataclass(eq=False)

@@ -165,8 +165,8 @@ def rounded(model, layer):
 
 def test_the_shift_compares_with_the_original_model(tokens):
     batches = list(tokens.split(1))
-    compared = [i for i in range(len(batches)) if i % observe._NOT_COMPARED != observe._NOT_COMPARED - 1]
-    held_out = [i for i in compared if i % observe._HELD_OUT == observe._HELD_OUT - 2]
+    compared, held_out = observe._comparison(len(batches))
+    assert set(held_out) < set(compared) < set(range(len(batches)))
     parts = {
         "shift": [batches[index] for index in compared],
         "held_out_shift": [batches[index] for index in held_out],
@@ -314,3 +314,19 @@ def test_inputs_that_overflow_are_refused_by_name(changes, run):
     model.model.layers[0].mlp.gate_proj.weight.data *= 1e4
     with pytest.raises(QuantlabError, match=r"model\.layers\.0\.mlp\.down_proj: .* not finite.*float16"):
         run(model, changes)
+
+
+@pytest.mark.parametrize("batches", range(40))
+def test_the_comparison_always_has_something_to_judge_it_by(batches):
+    compared, held_out = observe._comparison(batches)
+    assert bool(compared) == bool(held_out) == (batches > 1)
+    assert set(held_out) <= set(compared) <= set(range(batches))
+    assert not compared or len(held_out) <= max(1, len(compared) / 3)
+
+
+def test_one_batch_alone_moves_no_target(tokens, tmp_path):
+    one = tokens[:1]
+    plain, _ = engine(recipe(options={"asym": 0.0}), one, tmp_path / "plain")
+    moved, _ = engine(recipe(options={"asym": 1.0}), one, tmp_path / "moved")
+    for layer, qtensor in plain.items():
+        assert torch.equal(qtensor.codes, moved[layer].codes)

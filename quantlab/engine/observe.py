@@ -58,7 +58,8 @@ class Calibration:
         self._open: dict[str, _Group] = {}
         self._last: _Group | None = None
         self._width = 0
-        self._scout = Forward(model, batches[0][:1, :_SCOUT_TOKENS], self._blocks)
+        # It stops before a head, too: running one takes time and memory, and shows nothing.
+        self._scout = Forward(model, batches[0][:1, :_SCOUT_TOKENS], self._blocks | set(architecture.outside))
         self._hooks = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -80,7 +81,7 @@ class Calibration:
 
     def pass_through(self) -> None:
         """Run every batch through the block before which it stands, without observing anything."""
-        self._scout.advance()
+        self._scout_ahead()
         self._advance(range(len(self._forwards)))
 
     def observe(
@@ -130,7 +131,7 @@ class Calibration:
     def _group(self, layers: list[PlannedLayer]) -> list[_Group]:
         """Cut layers into groups with one input; the scout, ahead of the others in the block, sees which."""
         self._scout.log = []
-        self._scout.advance()
+        self._scout_ahead()
         group_of = {name: group for group in shared_inputs(self._scout.log) for name in group}
         self._scout.log = None
         groups: dict[str, _Group] = {}
@@ -140,6 +141,12 @@ class Calibration:
             key = group_of[layer.name][0] if shared else layer.name
             groups.setdefault(key, _Group([])).layers.append(layer)
         return list(groups.values())
+
+    def _scout_ahead(self) -> None:
+        """Send the scout through the block before which the batches stand."""
+        while self._scout.at != self.standing_before() and not self._scout.dead:
+            self._scout.advance()
+        self._scout.advance()
 
     def _advance(self, indices: Iterable[int]) -> None:
         for index in indices:

@@ -71,11 +71,7 @@ class Run:
         if self.batches:
             self._execute_calibrated()
         else:
-            for block in (*self.architecture.blocks, OUTSIDE):
-                if not self.journal.done(block):
-                    self._load(block, [self.model])
-                    self._commit(block, self._solve(([layer], None) for layer in self._planned(block)))
-                    self._unload(block, [self.model])
+            self._execute_unseen((*self.architecture.blocks, OUTSIDE))
 
     def _execute_calibrated(self) -> None:
         if self.journal.done(OUTSIDE):  # always the last to be committed
@@ -106,14 +102,18 @@ class Run:
                 else:
                     self._commit(at, self._solve(calibration.observe(self._planned(at), last=last)))
                 self._unload(at, models)
-        for block in self.architecture.blocks:
-            if not self.journal.done(block):  # no token reached it: a vision tower
-                self._load(block, [self.model])
-                self._commit(block, self._solve(_unseen(self._planned(block))))
-                self._unload(block, [self.model])
+        self._execute_unseen(self.architecture.blocks)  # those that no token reached: a vision tower
         done = {report.layer for _, report in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
         self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
+
+    def _execute_unseen(self, blocks: Iterable[str]) -> None:
+        """Quantize the blocks that are not done yet, without any inputs."""
+        for block in blocks:
+            if not self.journal.done(block):
+                self._load(block, [self.model])
+                self._commit(block, self._solve(_unseen(self._planned(block))))
+                self._unload(block, [self.model])
 
     def _solve(self, groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]]) -> list[_Answer]:
         """Solve groups of layers as they come, and put the quantized weights in their places."""

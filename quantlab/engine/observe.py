@@ -47,8 +47,7 @@ class Calibration:
         self.models = [model] if original is None else [model, original]
         self._architecture = architecture
         self._blocks = set(architecture.blocks)
-        self._outside = set(outside)
-        self._stops = self._blocks | self._outside
+        self._stops = self._blocks | set(outside)
         self._twin_stops = set(self._stops)
         self._forwards = [Forward(model, batch, self._stops) for batch in batches]
         compared, self._held_out = _comparison(len(batches))
@@ -66,7 +65,6 @@ class Calibration:
         """Start: every batch runs up to the first block."""
         for model in self.models:
             self._hooks.enter_context(watched(model, [*self._architecture.blocks, *self._architecture.all_layers]))
-        self._scout.advance()
         self._advance(range(len(self._forwards)))
         return self
 

@@ -14,7 +14,7 @@ from quantlab.errors import DataError
 from quantlab.recipe import Calibration
 
 # Tokens that run through the model at once: enough for matrix products to be efficient, few enough to stay small.
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
 # Documents that are read for each sequence, at most, from sources that could go on for ever.
 _DOCUMENTS_A_SEQUENCE = 32
 
@@ -29,7 +29,7 @@ class CalibrationData:
     description: dict[str, Any]
 
     def batches(self) -> list[torch.Tensor]:
-        """The sequences in batches of about 2048 tokens; in four or more where there are four sequences."""
+        """The sequences in batches of about 1024 tokens; in four or more where there are four sequences."""
         sequences, length = self.tokens.shape
         return list(self.tokens.split(max(1, min(_BATCH_TOKENS // length, sequences // 4))))
 

@@ -13,10 +13,10 @@ without stopping: the same arithmetic as the first time, so the run ends with th
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import Architecture, get_weight, set_weight
 from quantlab.engine.journal import Journal
+from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
 from quantlab.engine.report import LayerReport
@@ -78,7 +79,7 @@ class Run:
             return
         shifted = any(Statistic.SHIFT in layer.needs for layer in self.plan.values())
         models = [self.model, self.source.skeleton()] if shifted else [self.model]
-        _return_freed_memory()  # tokenizing leaves much behind
+        return_freed_memory()  # tokenizing leaves much behind
         self._load(OUTSIDE, [self.model])
         for twin in models[1:]:
             self._share_outside(twin)
@@ -86,10 +87,15 @@ class Run:
         remaining = set(self.architecture.blocks)
         waiting = {layer.name: layer for layer in self._planned(OUTSIDE) if layer.needs}
         outside: list[_Answer] = []
-        with Calibration(self.model, original, self.architecture, self.batches, list(waiting)) as calibration:
+        with (
+            self._embeddings_on_demand(models),
+            Calibration(self.model, original, self.architecture, self.batches, list(waiting)) as calibration,
+        ):
+            self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
                 if at in waiting:  # before the blocks (a projection of the embedding) or behind them (a head)
                     layer = waiting.pop(at)
+                    self._load_outside()  # a head may be tied to an embedding
                     outside += self._solve(calibration.observe([layer], last=not (remaining or waiting)))
                     continue
                 remaining.discard(at)
@@ -103,6 +109,7 @@ class Run:
                     self._commit(at, self._solve(calibration.observe(self._planned(at), last=last)))
                 self._unload(at, models)
         self._execute_unseen(self.architecture.blocks)  # those that no token reached: a vision tower
+        self._load_outside()
         done = {report.layer for _, report in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
         self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
@@ -119,12 +126,14 @@ class Run:
         """Solve groups of layers as they come, and put the quantized weights in their places."""
         answers = []
         for group, statistics in groups:
+            return_freed_memory()  # before and after a solve: both leave holes where the other's needs do not fit
             modules = {layer.name: self.model.get_submodule(layer.name) for layer in group}
             weights = {name: get_weight(module) for name, module in modules.items()}
             for qtensor, report in solve(group, weights, statistics):
                 set_weight(modules[report.layer], qtensor.dequantize(weights[report.layer].dtype))
                 answers.append((qtensor, report))
                 self.progress.layer(report)
+            return_freed_memory()
         return answers
 
     def _commit(self, block: str, answers: list[_Answer]) -> None:
@@ -169,6 +178,9 @@ class Run:
         for model in models:
             self.source.load(model, lambda name: self._belongs(name, block))
 
+    def _load_outside(self) -> None:
+        self.source.load(self.model, lambda name: self._belongs(name, OUTSIDE))
+
     def _share_outside(self, twin: nn.Module) -> None:
         """Let the twin use the model's own embeddings and norms: nothing outside the blocks differs before the end."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -178,19 +190,37 @@ class Run:
         self.source.load(twin, lambda name: self._belongs(name, OUTSIDE))  # persistent buffers
 
     def _unload(self, block: str, models: list[nn.Module]) -> None:
+        """Unload a block, and the embeddings, which whoever is past them needs no more."""
         for model in models:
-            self.source.unload(model, lambda name: self._belongs(name, block))
-        _return_freed_memory()
+            self.source.unload(model, lambda name: (block and self._belongs(name, block)) or name in self._embeddings)
+        return_freed_memory()
+
+    @cached_property
+    def _embeddings(self) -> dict[str, str]:
+        """The weights of the embeddings outside the blocks, and the modules that they belong to."""
+        modules = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)}
+        return {f"{name}.weight": name for name in modules if self._belongs(f"{name}.weight", OUTSIDE)}
+
+    @contextmanager
+    def _embeddings_on_demand(self, models: list[nn.Module]) -> Iterator[None]:
+        """Load an embedding when it is called: it can be larger than any block, and few models call it twice."""
+
+        def hook(model: nn.Module, weight: str) -> Callable[..., None]:
+            return lambda *_: self.source.load(model, lambda name: name == weight)
+
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(hook(model, weight))
+            for model in models
+            for weight, name in self._embeddings.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _unseen(layers: Iterable[PlannedLayer]) -> Iterator[tuple[list[PlannedLayer], InputStatistics | None]]:
     """Layers that no token reached, one by one."""
     for layer in layers:
         yield [layer], InputStatistics(tokens=0) if layer.needs else None
-
-
-def _return_freed_memory() -> None:
-    """Give freed memory back to the system, where the C library keeps it (glibc): it fragments block by block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -62,10 +62,11 @@ class Calibration:
         self._hooks = ExitStack()
 
     def __enter__(self) -> Calibration:
-        """Start: every batch runs up to the first block."""
+        """Start: every batch, and the scout, runs up to the first block."""
         for model in self.models:
             self._hooks.enter_context(watched(model, [*self._architecture.blocks, *self._architecture.all_layers]))
         self._advance(range(len(self._forwards)))
+        self._scout.advance()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,22 +160,24 @@ class Calibration:
             if group is not None:
                 group.add(forward.input)
             # Two models route tokens to experts differently, so there is no original input to compare an expert's with.
-            if twin is None or forward.at is None or forward.at in self._architecture.routed:
+            if twin is None or twin.dead or forward.at is None or forward.at in self._architecture.routed:
                 continue
             while twin.at != forward.at and not twin.dead:
                 twin.advance()
             if group is not None and Statistic.SHIFT in group.wanted:
                 group.compare(forward.input, twin.input, held_out=index in self._held_out)
-                if self._writes_residual(group):
+                if group is self._last:
+                    twin.cancel()
+                elif self._writes_residual(group):
                     twin.advance()
 
     def _writes_residual(self, group: _Group) -> bool:
         """Whether a batch holds less behind these layers than before them, and may go there already.
 
         Layers whose outputs together are as wide as the residual stream write to it; what they were made from is then
-        no longer needed. Behind the very last layers there is only the head, which nobody wants to run.
+        no longer needed.
         """
-        return group is not self._last and sum(layer.shape[0] for layer in group.layers) == self._width
+        return sum(layer.shape[0] for layer in group.layers) == self._width
 
 
 def _comparison(batches: int) -> tuple[list[int], set[int]]:

@@ -106,6 +106,7 @@ def quantize(
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
             tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
+        tokenizer = None  # some take as much memory as a block
     preflight.check_resources(plan, architecture, skeleton, data.tokens.numel() if data else 0, out)
 
     if restart and (partial_folder(out) / LOG).is_file():

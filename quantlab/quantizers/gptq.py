@@ -195,10 +195,12 @@ def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
     dead = diagonal == 0
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        damped = moment + torch.diag(torch.where(dead, mean, damping * mean))
         # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        turned = moment.flip(0, 1)
+        turned.diagonal().add_(torch.where(dead, mean, damping * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed:
+            del turned
             return lower.flip(0, 1), damping
         damping *= 2
 

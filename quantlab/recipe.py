@@ -133,11 +133,20 @@ class Recipe:
     """A default scheme, exceptions by pattern (the last that matches wins), and the calibration data.
 
     Patterns are globs over module names (``*.mlp.down_proj``), or regular expressions after ``re:``.
+
+    Attributes:
+        name: what the recipe is called.
+        description: when to use it.
+        default: the scheme of the layers that no pattern names.
+        transforms: how the model is rewritten before it is quantized: methods in order, each with its options.
+        layers: changes to the default scheme, by pattern.
+        calibration: which text the layers see.
     """
 
     name: str = "custom"
     description: str = ""
     default: Scheme = field(default_factory=Scheme)
+    transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
 
@@ -156,6 +165,7 @@ class Recipe:
             "name": self.name,
             "description": self.description,
             **(flat | {"options": dict(self.default.options)}),
+            "transforms": {method: dict(options) for method, options in self.transforms.items()},
             "layers": {pattern: dict(changes) for pattern, changes in self.layers.items()},
             "calibration": {f.name: getattr(self.calibration, f.name) for f in fields(Calibration)},
         }
@@ -180,7 +190,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
     scheme_keys = {f.name for f in fields(Scheme)}
-    own = {"name", "description", "layers", "calibration"}
+    own = {"name", "description", "transforms", "layers", "calibration"}
     _known(data, scheme_keys | own, "the recipe")
     name, description = data.get("name", "custom"), data.get("description", "")
     for key, value in (("name", name), ("description", description)):
@@ -203,9 +213,24 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         name=name,
         description=description.strip(),
         default=default,
+        transforms=_transforms(data.get("transforms")),
         layers=dict(layers),
         calibration=Calibration(**calibration),
     )
+
+
+def _transforms(value: Any) -> dict[str, dict[str, Any]]:
+    """A method's name, a list of names, or a mapping of names to options, as a mapping in order."""
+    if value is None or value == "none":
+        return {}
+    named = [value] if isinstance(value, str) else value
+    if isinstance(named, list) and all(isinstance(name, str) for name in named):
+        return {name: {} for name in named}
+    if not isinstance(named, Mapping) or not all(
+        isinstance(name, str) and (options is None or isinstance(options, Mapping)) for name, options in named.items()
+    ):
+        raise RecipeError(f"transforms {value!r}: use a method's name, a list of names, or names with their options")
+    return {name: dict(options or {}) for name, options in named.items()}
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:

@@ -13,9 +13,15 @@ from torch import nn
 
 from quantlab.errors import QuantlabError
 from quantlab.experts import UnfusedExperts, unfuse_experts
-from quantlab.numerics import Grid, LowRank, QTensor
+from quantlab.numerics import Grid, LowRank, OuterScales, QTensor, decode_scales
 
 __all__ = ["QuantLinear", "Storage", "UnfusedExperts", "packed_tensors", "unfuse_experts", "unpacked"]
+
+
+_BUFFERS = (
+    *("codes", "scales", "zeros", "table", "low_rank_left", "low_rank_right", "low_rank_scales"),
+    *("outer_scales", "outer_offset"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,12 @@ class Storage:
         in_features: columns of the weight.
         out_features: rows of the weight.
         scale_shape: ``(rows, groups)`` of the scales, and of the zeros where there are any.
-        scale_dtype: of the scales, as torch calls it: ``bfloat16``.
+        scale_dtype: of the stored scales, as torch calls it: ``bfloat16``.
         zero_dtype: of the zeros, or None (symmetric).
         low_rank: the rank of the correction, 0 if there is none.
-        low_rank_dtype: of the correction's factors, or None.
+        low_rank_dtype: of the correction's factors, or None; int8 factors have scales.
+        outer_scales: how many second-level scales the scales have, 0 if none.
+        outer_offset: whether an offset is added to the scales.
         bias: whether the layer has a bias.
     """
 
@@ -46,6 +54,8 @@ class Storage:
     zero_dtype: str | None = None
     low_rank: int = 0
     low_rank_dtype: str | None = None
+    outer_scales: int = 0
+    outer_offset: bool = False
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -63,7 +73,7 @@ class Storage:
     @classmethod
     def of(cls, qtensor: QTensor, bias: bool = False) -> Storage:
         """How ``qtensor`` is stored."""
-        low_rank = qtensor.low_rank
+        low_rank, outer = qtensor.low_rank, qtensor.outer
         return cls(
             format=qtensor.grid.name,
             bits=qtensor.grid.bits,
@@ -73,8 +83,10 @@ class Storage:
             scale_shape=(qtensor.scales.shape[0], qtensor.scales.shape[1]),
             scale_dtype=_dtype_name(qtensor.scales),
             zero_dtype=None if qtensor.zeros is None else _dtype_name(qtensor.zeros),
-            low_rank=0 if low_rank is None else low_rank.left.shape[1],
+            low_rank=0 if low_rank is None else low_rank.rank,
             low_rank_dtype=None if low_rank is None else _dtype_name(low_rank.left),
+            outer_scales=0 if outer is None else outer.scales.numel(),
+            outer_offset=outer is not None and outer.offset is not None,
             bias=bias,
         )
 
@@ -113,37 +125,50 @@ class Storage:
             dtype = _dtype(self.low_rank_dtype or self.scale_dtype)
             specs["low_rank_left"] = ((self.out_features, self.low_rank), dtype)
             specs["low_rank_right"] = ((self.low_rank, self.in_features), dtype)
+            if dtype == torch.int8:
+                specs["low_rank_scales"] = ((self.low_rank,), torch.float32)
+        if self.outer_scales:
+            specs["outer_scales"] = ((self.outer_scales,), torch.float32)
+        if self.outer_offset:
+            specs["outer_offset"] = ((1,), torch.float32)
         return specs
 
 
 def packed_tensors(qtensor: QTensor) -> dict[str, torch.Tensor]:
-    """The tensors that store ``qtensor``: ``codes`` (packed), ``scales``, ``table``, and those that it has of
-    ``zeros``, ``low_rank_left``, ``low_rank_right``.
-    """
+    """The tensors that store ``qtensor``, by the names that :meth:`Storage.specs` gives them."""
+    low_rank, outer = qtensor.low_rank, qtensor.outer
     tensors = {
         "codes": pack(qtensor.codes, qtensor.grid.bits),
         "scales": qtensor.scales,
         "table": qtensor.grid.values.to(qtensor.codes.device),
     }
-    if qtensor.zeros is not None:
-        tensors["zeros"] = qtensor.zeros
-    if qtensor.low_rank is not None:
-        tensors["low_rank_left"] = qtensor.low_rank.left
-        tensors["low_rank_right"] = qtensor.low_rank.right
+    optional = {"zeros": qtensor.zeros}
+    if low_rank is not None:
+        optional |= {
+            "low_rank_left": low_rank.left,
+            "low_rank_right": low_rank.right,
+            "low_rank_scales": low_rank.scales,
+        }
+    if outer is not None:
+        optional |= {"outer_scales": outer.scales, "outer_offset": outer.offset}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def unpacked(tensors: Mapping[str, torch.Tensor], storage: Storage) -> QTensor:
     """Undo :func:`packed_tensors`."""
-    low_rank = None
+    low_rank = outer = None
     if storage.low_rank:
-        low_rank = LowRank(tensors["low_rank_left"], tensors["low_rank_right"])
+        low_rank = LowRank(tensors["low_rank_left"], tensors["low_rank_right"], tensors.get("low_rank_scales"))
+    if storage.outer_scales:
+        outer = OuterScales(tensors["outer_scales"], tensors.get("outer_offset"))
     return QTensor(
         codes=unpack(tensors["codes"], storage.bits, storage.in_features),
         scales=tensors["scales"],
         zeros=tensors.get("zeros"),
         grid=Grid(storage.format, storage.bits, tensors["table"].cpu()),
         low_rank=low_rank,
+        outer=outer,
     )
 
 
@@ -168,13 +193,16 @@ class QuantLinear(nn.Module):
     zeros: torch.Tensor | None
     low_rank_left: torch.Tensor | None
     low_rank_right: torch.Tensor | None
+    low_rank_scales: torch.Tensor | None
+    outer_scales: torch.Tensor | None
+    outer_offset: torch.Tensor | None
 
     def __init__(self, storage: Storage) -> None:
         super().__init__()
         self.storage = storage
         self.dtype = torch.get_default_dtype()
         specs = storage.specs()
-        for name in ("codes", "scales", "zeros", "table", "low_rank_left", "low_rank_right"):
+        for name in _BUFFERS:
             shape, dtype = specs.get(name, (None, None))
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype))
         bias = nn.Parameter(torch.empty(storage.out_features), requires_grad=False) if storage.bias else None
@@ -222,10 +250,12 @@ class QuantLinear(nn.Module):
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         low_rank = None
         if self.low_rank_left is not None and self.low_rank_right is not None:
-            low_rank = (self.low_rank_left, self.low_rank_right)
-        return quantized_linear(
-            x, self.codes, self.scales, self.zeros, self.table, self.storage.bits, self.bias, low_rank
-        )
+            factors = LowRank(self.low_rank_left, self.low_rank_right, self.low_rank_scales)
+            low_rank = (factors.scaled_left(x.dtype), factors.right)
+        scales = self.scales
+        if self.outer_scales is not None:
+            scales = decode_scales(scales, OuterScales(self.outer_scales, self.outer_offset))
+        return quantized_linear(x, self.codes, scales, self.zeros, self.table, self.storage.bits, self.bias, low_rank)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

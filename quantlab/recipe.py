@@ -19,10 +19,11 @@ import torch
 import yaml
 
 from quantlab.errors import RecipeError
-from quantlab.numerics import Granularity, Grid, choose_scales, grid
+from quantlab.numerics import Format, Granularity, Grid, Sample, Scales, choose_scales, format_called, scale_type
 
-_SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SEARCHES = ("absmax", "mse", "second-moment")
+# Where the options of a method stand that a key names.
+_OPTIONS = {"quantizer": "options", "compensation": "compensation_options"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,9 +45,12 @@ class Scheme:
         symmetric: no zero; the scale is signed and full-range.
         scale_search: ``absmax``, ``mse`` (searched, all inputs alike) or ``second-moment`` (searched, inputs
             weighted by their second moment).
-        scale_dtype: in which scales are stored: float32, float16 or bfloat16.
+        scale_dtype: how scales are stored: float32, float16, bfloat16, e8m0 (powers of two), or 8-bit codes under a
+            second level: e4m3, int8, dynamic8.
         quantizer: the rounding method's name.
         options: the rounding method's own options.
+        compensation: the name of what repairs the error that rounding leaves, or ``"none"``.
+        compensation_options: its own options.
     """
 
     format: str = "int4"
@@ -56,24 +60,29 @@ class Scheme:
     scale_dtype: str = "bfloat16"
     quantizer: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=dict)
+    compensation: str = "none"
+    compensation_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, str):
             raise RecipeError(f"format {self.format!r}: use a name such as int4, or none")
-        self.grid  # noqa: B018 - an unknown format is refused here
+        self.known_format  # noqa: B018 - an unknown format is refused here
         bad_group = self.granularity not in ("channel", "tensor") and not (
             type(self.granularity) is int and self.granularity > 0
         )
         if bad_group:
             raise RecipeError(f"granularity {self.granularity!r}: use a group size such as 64, 'channel' or 'tensor'")
         _one_of("scale_search", self.scale_search, _SEARCHES)
-        _one_of("scale_dtype", self.scale_dtype, _SCALE_DTYPES)
+        scale_type(self.scale_dtype)
         if type(self.symmetric) is not bool:
             raise RecipeError(f"symmetric {self.symmetric!r}: use true or false")
         if not isinstance(self.quantizer, str):
             raise RecipeError(f"quantizer {self.quantizer!r}: use a method's name, such as rtn or gptq")
-        if not isinstance(self.options, Mapping):
-            raise RecipeError(f"options {self.options!r}: use a mapping of the quantizer's options")
+        if not isinstance(self.compensation, str):
+            raise RecipeError(f"compensation {self.compensation!r}: use a method's name, such as qera-exact, or none")
+        for key, whose in (("options", "quantizer"), ("compensation_options", "compensation")):
+            if not isinstance(getattr(self, key), Mapping):
+                raise RecipeError(f"{key} {getattr(self, key)!r}: use a mapping of the {whose}'s options")
 
     @property
     def keeps(self) -> bool:
@@ -81,29 +90,44 @@ class Scheme:
         return self.format == "none"
 
     @property
-    def grid(self) -> Grid | None:
-        """What codes mean; None where the layer stays as it is."""
-        return None if self.format == "none" else grid(self.format)
+    def known_format(self) -> Format | None:
+        """The format; None where the layer stays as it is."""
+        return None if self.format == "none" else format_called(self.format)
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        assert self.known_format is not None, "a layer that stays as it is has no codes"
+        return self.known_format.bits
+
+    def grid_for(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Grid:
+        """What the codes of this weight mean; its arguments are those of :meth:`choose_scales`."""
+        assert self.known_format is not None, "a layer that stays as it is has no codes"
+        return self.known_format.grid_for(Sample(weight, self.granularity, importance))
 
     def choose_scales(
-        self, weight: torch.Tensor, importance: torch.Tensor | None, granularity: Granularity | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self,
+        weight: torch.Tensor,
+        grid: Grid,
+        importance: torch.Tensor | None,
+        granularity: Granularity | None = None,
+    ) -> Scales:
         """Scales, and zeros where asymmetric, as the scheme wants them; see :func:`quantlab.numerics.choose_scales`.
 
         Args:
             weight: float32 ``[out, in]``.
+            grid: what its codes mean.
             importance: ``[in]``, or None.
             granularity: instead of the scheme's own, for a part of a weight.
         """
-        assert self.grid is not None, "a layer that stays as it is has no scales"
         return choose_scales(
             weight,
-            self.grid,
+            grid,
             granularity or self.granularity,
             symmetric=self.symmetric,
             search=self.scale_search != "absmax",
             importance=importance,
-            dtype=_SCALE_DTYPES[self.scale_dtype],
+            stored=self.scale_dtype,
         )
 
 
@@ -164,7 +188,7 @@ class Recipe:
         return {
             "name": self.name,
             "description": self.description,
-            **(flat | {"options": dict(self.default.options)}),
+            **(flat | {key: dict(flat[key]) for key in _OPTIONS.values()}),
             "transforms": {method: dict(options) for method, options in self.transforms.items()},
             "layers": {pattern: dict(changes) for pattern, changes in self.layers.items()},
             "calibration": {f.name: getattr(self.calibration, f.name) for f in fields(Calibration)},
@@ -237,7 +261,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     """A recipe by its ready name, from a YAML file, a mapping or as it is, with ``key=value`` overrides.
 
     An override's key may be dotted (``calibration.samples=128``, ``options.damping=0.05``); its value YAML.
-    One that changes the quantizer drops the recipe's options, which mean nothing to another method.
+    One that changes a method drops the recipe's options for it, which mean nothing to another method.
 
     Raises:
         RecipeError: no such recipe, unreadable YAML, or a key or value that is not allowed.
@@ -248,8 +272,9 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
         recipe = from_dict(source if isinstance(source, Mapping) else _parse(*_read(str(source))))
     settings = [_setting(override) for override in overrides]
     data = recipe.to_dict()
-    if any(path == ["quantizer"] and value != recipe.default.quantizer for path, value in settings):
-        del data["options"]
+    for method, options in _OPTIONS.items():
+        if any(path == [method] and value != getattr(recipe.default, method) for path, value in settings):
+            del data[options]
     for path, value in settings:
         data = _assigned(data, path, value)
     return from_dict(data)
@@ -308,10 +333,11 @@ def _assigned(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str,
 def _changed(scheme: Scheme, changes: Mapping[str, Any], where: str) -> Scheme:
     _known(changes, {f.name for f in fields(Scheme)}, where)
     values = dict(changes)
-    options = {} if values.get("options") is None else values["options"]
-    if isinstance(options, Mapping) and values.get("quantizer", scheme.quantizer) == scheme.quantizer:
-        options = {**scheme.options, **options}  # another method's options would mean nothing to this one
-    values["options"] = options
+    for method, key in _OPTIONS.items():
+        options = {} if values.get(key) is None else values[key]
+        if isinstance(options, Mapping) and values.get(method, getattr(scheme, method)) == getattr(scheme, method):
+            options = {**getattr(scheme, key), **options}  # another method's options would mean nothing to this one
+        values[key] = options
     try:
         return replace(scheme, **values)
     except RecipeError as error:

@@ -22,7 +22,7 @@ PACKAGES = {
 # From the ground up: a part may know the parts that its line names, and itself; nothing else of ours.
 GROUND = {"quantlab_kernels", "quantlab_evals", "quantlab.errors"}
 NUMERICS = {"quantlab.errors", "quantlab_kernels"}
-METHODS = {"quantlab.errors", "quantlab.numerics", "quantlab.recipe"}
+METHODS = {"quantlab.errors", "quantlab.numerics", "quantlab.recipe", "quantlab.registry", "quantlab.problem"}
 MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.nn", "quantlab.experts"}
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
@@ -34,6 +34,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.errors": set(),
     "quantlab.numerics": NUMERICS,
     "quantlab.recipe": {"quantlab.errors", "quantlab.numerics"},
+    "quantlab.registry": {"quantlab.errors"},
+    "quantlab.problem": {"quantlab.errors", "quantlab.numerics", "quantlab.recipe"},
     "quantlab.quantizers": METHODS,
     "quantlab.transforms": METHODS,
     "quantlab.compensation": METHODS,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ def qtensor(bits=4, granularity=16, *, symmetric=True, dtype=torch.bfloat16, low
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(out, columns, generator=generator)
     table = grid(f"int{bits}")
-    scales, zeros = choose_scales(weight, table, granularity, symmetric=symmetric, search=False, dtype=dtype)
-    codes = apply_scales(weight, table, scales, zeros)
+    stored = str(dtype).removeprefix("torch.")
+    scales = choose_scales(weight, table, granularity, symmetric=symmetric, search=False, stored=stored)
+    codes = apply_scales(weight, table, scales)
     correction = None
     if low_rank:
         left, right = torch.randn(out, low_rank), torch.randn(low_rank, columns)
         correction = LowRank(left.to(torch.float16), right.to(torch.float16))
-    return QTensor(codes, scales, zeros, table, correction)
+    return replace(QTensor.of(codes, scales, table), low_rank=correction)
 
 
 FORMS = {
@@ -193,8 +195,8 @@ def test_experts_can_be_quantized_one_by_one():
     expected = unfused(*routed())
     linear = unfused.get_submodule("1.gate_up_proj")
     table = grid("int8")
-    scales, _ = choose_scales(linear.weight, table, 16, search=False)
-    q = QTensor(apply_scales(linear.weight, table, scales, None), scales, None, table)
+    scales = choose_scales(linear.weight, table, 16, search=False)
+    q = QTensor.of(apply_scales(linear.weight, table, scales), scales, table)
     unfused.get_submodule("1").gate_up_proj = QuantLinear.from_qtensor(q)
     torch.testing.assert_close(unfused(*routed()), expected, atol=0.2, rtol=0.05)
 

@@ -25,6 +25,9 @@ FULL = {
     "scale_dtype": "float16",
     "quantizer": "gptq",
     "options": {"damping": 0.05, "order": "natural"},
+    "compensation": "none",
+    "compensation_options": {},
+    "transforms": {},
     "layers": {
         "*.down_proj": {"format": "int8", "granularity": 32, "options": {"damping": 0.1}},
         r"re:model\.layers\.[01]\..*": {"quantizer": "rtn"},
@@ -193,8 +196,8 @@ def test_options_merge_under_one_quantizer_and_go_with_it():
 
 
 def test_a_scheme_resolves_to_what_torch_needs():
-    assert Scheme(format="int3").grid is grid("int3")
-    assert Scheme(format="none").grid is None
+    assert Scheme(format="int3").known_format.grid is grid("int3")
+    assert Scheme(format="none").known_format is None
     assert Scheme(format="none").keeps
     assert not Scheme().keeps
 
@@ -207,9 +210,9 @@ def test_a_scheme_chooses_scales_as_it_says(granularity, symmetric, search, dtyp
     scheme = Scheme("int3", granularity, symmetric, search, dtype)
     weight, importance = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 9, 16)
     for part in (None, "channel"):
-        chosen = scheme.choose_scales(weight, importance, part)
+        chosen = scheme.choose_scales(weight, grid("int3"), importance, part)
         how = {"symmetric": symmetric, "search": search != "absmax", "importance": importance}
-        expected = choose_scales(weight, grid("int3"), part or granularity, dtype=getattr(torch, dtype), **how)
+        expected = choose_scales(weight, grid("int3"), part or granularity, stored=dtype, **how)
         assert torch.equal(chosen[0], expected[0])
         assert chosen[0].dtype == getattr(torch, dtype)
         assert (chosen[1] is None) if symmetric else torch.equal(chosen[1], expected[1])
@@ -276,7 +279,7 @@ def test_what_only_looks_like_a_number_is_text(text):
         ("calibration.samples.x=1", r"samples is 64, which has no parts"),
         ("format=[int4", r"--set format=\[int4 is not valid YAML"),
         ("name=2024-99-99", "is not valid YAML"),
-        ("format=int99", r"format 'int99' is unknown; use one of int2"),
+        ("format=int99", r"format 'int99' is unknown; use a name such as int4"),
         ("format=", "format None"),
     ],
 )
@@ -354,7 +357,10 @@ def test_a_bad_value_is_refused_with_key_value_and_remedy(data, key, value, reme
     [
         ({"fromat": "int4"}, r"the recipe: unknown key 'fromat' \(did you mean format"),
         ({"group_size": 64}, r"the recipe: unknown key 'group_size'"),
-        ({"zzz": 1}, "unknown key 'zzz'; allowed are calibration, description, format"),
+        (
+            {"zzz": 1},
+            "unknown key 'zzz'; allowed are calibration, compensation, compensation_options, description, format",
+        ),
         ({"layers": {"a": {"bits": 4}}}, r"layers\['a'\]: unknown key 'bits'"),
         ({"layers": {"a": {"layers": {}}}}, r"layers\['a'\]: unknown key 'layers'"),
         ({"layers": {"a": {"granularty": 4}}}, r"layers\['a'\]: .*did you mean granularity"),
@@ -427,7 +433,7 @@ def read(source, overrides=()):
         recipe = load_recipe(source, overrides) if overrides else from_dict(source)
     except RecipeError:
         return
-    assert recipe.default.grid is None or recipe.default.grid.bits <= 8
+    assert recipe.default.keeps or recipe.default.bits <= 8
     assert isinstance(recipe.scheme("model.layers.0.mlp.down_proj"), Scheme)
     assert repr(from_dict(recipe.to_dict())) == repr(recipe)  # by repr, for NaN is not NaN
 

@@ -101,3 +101,19 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Replace the weight of a linear layer by ``weight [out, in]``, in the layer's own dtype."""
     own = weight.T if isinstance(module, Conv1D) else weight
     module.weight = nn.Parameter(own.to(get_weight(module).dtype).contiguous(), requires_grad=False)
+
+
+def add_to_bias(module: nn.Module, shift: torch.Tensor) -> None:
+    """Add ``shift [out]`` to the bias of a linear layer; a layer without one gets one."""
+    bias = shift if module.bias is None else module.get_parameter("bias").float() + shift
+    module.bias = nn.Parameter(bias.to(get_weight(module).dtype), requires_grad=False)
+
+
+def replace_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put ``tensor`` in the place of the parameter or buffer called ``name``."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))

@@ -71,11 +71,13 @@ class Journal:
         """Whether the block is finished."""
         return block in self._done
 
-    def read(self, block: str) -> dict[str, QTensor]:
-        """The quantized layers of a finished block."""
+    def read(self, block: str) -> tuple[dict[str, QTensor], dict[str, torch.Tensor]]:
+        """The quantized layers of a finished block, and its other tensors."""
         tensors = self.writer.read(self._shards[block])
         names = [report.layer for report in self.reports if report.block == block]
-        return {name: read_layer(tensors, name, self.storages[name]) for name in names}
+        quantized = {name: read_layer(tensors, name, self.storages[name]) for name in names}
+        taken = {f"{name}.{key}" for name in names for key in self.storages[name].specs()}
+        return quantized, {name: tensor for name, tensor in tensors.items() if name not in taken}
 
     def commit(
         self,

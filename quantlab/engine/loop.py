@@ -23,21 +23,18 @@ from torch import nn
 
 from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
-from quantlab.engine.architecture import Architecture, get_weight, set_weight
+from quantlab.engine.architecture import Architecture, add_to_bias, get_weight, replace_tensor, set_weight
 from quantlab.engine.journal import Journal
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
-from quantlab.engine.report import LayerReport
-from quantlab.engine.solve import PlannedLayer, solve
+from quantlab.engine.solve import Answer, PlannedLayer, solve
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
-from quantlab.quantizers import InputStatistics, Statistic
+from quantlab.problem import InputStatistics, Statistic
 
 # The name of what is in no block: embeddings, the last norm, the head.
 OUTSIDE = ""
-
-_Answer = tuple[QTensor, LayerReport]
 
 
 @dataclass
@@ -86,7 +83,7 @@ class Run:
         original = models[1] if shifted else None
         remaining = set(self.architecture.blocks)
         waiting = {layer.name: layer for layer in self._planned(OUTSIDE) if layer.needs}
-        outside: list[_Answer] = []
+        outside: list[Answer] = []
         with (
             self._embeddings_on_demand(models),
             Calibration(self.model, original, self.architecture, self.batches, list(waiting)) as calibration,
@@ -110,7 +107,7 @@ class Run:
                 self._unload(at, models)
         self._execute_unseen(self.architecture.blocks)  # those that no token reached: a vision tower
         self._load_outside()
-        done = {report.layer for _, report in outside}
+        done = {answer.report.layer for answer in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
         self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
 
@@ -122,28 +119,31 @@ class Run:
                 self._commit(block, self._solve(_unseen(self._planned(block))))
                 self._unload(block, [self.model])
 
-    def _solve(self, groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]]) -> list[_Answer]:
+    def _solve(self, groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]]) -> list[Answer]:
         """Solve groups of layers as they come, and put the quantized weights in their places."""
         answers = []
         for group, statistics in groups:
             return_freed_memory()  # before and after a solve: both leave holes where the other's needs do not fit
             modules = {layer.name: self.model.get_submodule(layer.name) for layer in group}
             weights = {name: get_weight(module) for name, module in modules.items()}
-            for qtensor, report in solve(group, weights, statistics):
-                set_weight(modules[report.layer], qtensor.dequantize(weights[report.layer].dtype))
-                answers.append((qtensor, report))
-                self.progress.layer(report)
+            for answer in solve(group, weights, statistics):
+                module = modules[answer.report.layer]
+                set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
+                if answer.bias is not None:
+                    add_to_bias(module, answer.bias)
+                answers.append(answer)
+                self.progress.layer(answer.report)
             return_freed_memory()
         return answers
 
-    def _commit(self, block: str, answers: list[_Answer]) -> None:
+    def _commit(self, block: str, answers: list[Answer]) -> None:
         """Write a block."""
-        quantized = {report.layer: qtensor for qtensor, report in answers}
+        quantized = {answer.report.layer: answer.qtensor for answer in answers}
         storages = {
             name: Storage.of(qtensor, bias=self.model.get_submodule(name).bias is not None)
             for name, qtensor in quantized.items()
         }
-        reports = [report for _, report in answers]
+        reports = [answer.report for answer in answers]
         self.journal.commit(block, self._tensors(block, quantized), reports, storages)
 
     def _tensors(self, block: str, quantized: dict[str, QTensor]) -> dict[str, torch.Tensor]:
@@ -161,10 +161,13 @@ class Run:
         return tensors
 
     def _restore(self, block: str) -> None:
-        """Give the layers of a finished block the weights that an earlier run left in it."""
-        for name, qtensor in self.journal.read(block).items():
+        """Give a finished block everything that is stored of it."""
+        quantized, rest = self.journal.read(block)
+        for name, qtensor in quantized.items():
             module = self.model.get_submodule(name)
             set_weight(module, qtensor.dequantize(get_weight(module).dtype))
+        for name, tensor in rest.items():
+            replace_tensor(self.model, name, tensor)
 
     def _planned(self, block: str) -> list[PlannedLayer]:
         names = self.architecture.layers[block] if block else self.architecture.outside
@@ -175,6 +178,8 @@ class Run:
 
     def _load(self, block: str, models: list[nn.Module]) -> None:
         self.progress.block(block)
+        for name in self._unbiased.intersection(self.architecture.layers.get(block, ())):
+            self.model.get_submodule(name).register_parameter("bias", None)  # one that was added is not in the source
         for model in models:
             self.source.load(model, lambda name: self._belongs(name, block))
 
@@ -194,6 +199,11 @@ class Run:
         for model in models:
             self.source.unload(model, lambda name: (block and self._belongs(name, block)) or name in self._embeddings)
         return_freed_memory()
+
+    @cached_property
+    def _unbiased(self) -> set[str]:
+        """The layers that have no bias to begin with."""
+        return {name for name in self.architecture.all_layers if self.model.get_submodule(name).bias is None}
 
     @cached_property
     def _embeddings(self) -> dict[str, str]:

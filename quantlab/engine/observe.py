@@ -13,7 +13,7 @@ from quantlab.engine.architecture import Architecture
 from quantlab.engine.forward import Forward, shared_inputs, watched
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.statistics import InputAccumulator
-from quantlab.quantizers import InputStatistics, Statistic
+from quantlab.problem import InputStatistics, Statistic
 
 # Tokens of the first batch that run ahead of the others to see which layers share an input.
 _SCOUT_TOKENS = 8

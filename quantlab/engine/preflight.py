@@ -14,7 +14,7 @@ from torch import nn
 from quantlab.engine.architecture import Architecture, features, get_weight
 from quantlab.engine.solve import PlannedLayer, plan_layer
 from quantlab.errors import PreflightError, RecipeError
-from quantlab.quantizers import Statistic
+from quantlab.problem import Statistic
 from quantlab.recipe import Recipe, matches
 
 _USUAL_GROUPS = (256, 128, 96, 64, 48, 32, 16)
@@ -141,8 +141,8 @@ def result_size(plan: dict[str, PlannedLayer], model: nn.Module) -> int:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for name, layer in plan.items():
         weights = layer.shape[0] * layer.shape[1]
-        grid, granularity = layer.scheme.grid, layer.scheme.granularity
-        assert grid is not None
+        granularity = layer.scheme.granularity
         scales = weights // granularity if isinstance(granularity, int) else layer.shape[0]
-        size += weights * grid.bits // 8 + 3 * scales - weights * get_weight(model.get_submodule(name)).element_size()
+        now = weights * get_weight(model.get_submodule(name)).element_size()
+        size += weights * layer.scheme.bits // 8 + 3 * scales - now
     return size

@@ -15,6 +15,7 @@ class LayerReport:
         layer: its full name.
         block: the block that it is in, or "" for a layer outside all blocks.
         quantizer: the method that chose its codes.
+        compensation: the method that repaired what error was left, or ``"none"``.
         format: its grid.
         granularity: what shares a scale.
         shape: ``(out_features, in_features)``.
@@ -40,6 +41,7 @@ class LayerReport:
     metric: str
     tokens: int
     notes: tuple[str, ...] = ()
+    compensation: str = "none"
     seconds: float | None = None
 
     def record(self) -> dict[str, Any]:

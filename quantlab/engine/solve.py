@@ -9,41 +9,75 @@ from itertools import groupby
 
 import torch
 
+from quantlab.compensation import Compensation, make_compensation
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError
-from quantlab.numerics import QTensor
-from quantlab.quantizers import InputStatistics, LayerProblem, Quantizer, Statistic, make_quantizer
+from quantlab.numerics import QTensor, scale_type
+from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
+from quantlab.quantizers import Quantizer, make_quantizer
 from quantlab.recipe import Scheme
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer, the scheme that the recipe gives it, and the method that will carry it out."""
+    """A layer, the scheme that the recipe gives it, and the methods that will carry it out."""
 
     name: str
     block: str
     shape: tuple[int, int]
     scheme: Scheme
     quantizer: Quantizer
+    compensation: Compensation | None = None
 
     @property
     def needs(self) -> Statistic:
-        """What the method wants to be kept of the layer's inputs."""
-        return self.quantizer.needs(self.scheme)
+        """What the methods want to be kept of the layer's inputs."""
+        needs = self.quantizer.needs(self.scheme)
+        return needs if self.compensation is None else needs | self.compensation.needs(self.scheme)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the layer cannot be solved stacked on others: what it stores is fitted to it as a whole."""
+        return (
+            self.scheme.granularity == "tensor"
+            or self.compensation is not None
+            or (self.scheme.known_format is not None and self.scheme.known_format.fit is not None)
+            or scale_type(self.scheme.scale_dtype).blocks_cross_layers
+        )
+
+    def solve(self, problem: LayerProblem) -> Solution:
+        """Round, and repair what is left."""
+        if self.compensation is None:
+            return self.quantizer.quantize(problem, self.scheme)
+        return self.compensation.solve(problem, self.scheme, self.quantizer)
 
 
 def plan_layer(name: str, block: str, shape: tuple[int, int], scheme: Scheme) -> PlannedLayer:
-    """Resolve a layer's quantizer.
+    """Resolve a layer's methods.
 
     Raises:
-        RecipeError: the scheme names a method or an option that does not exist.
+        RecipeError: the scheme names a method or an option that does not exist, or two that exclude each other.
     """
-    return PlannedLayer(name, block, shape, scheme, make_quantizer(scheme.quantizer, scheme.options))
+    compensation = None
+    if scheme.compensation != "none":
+        compensation = make_compensation(scheme.compensation, scheme.compensation_options)
+    planned = PlannedLayer(name, block, shape, scheme, make_quantizer(scheme.quantizer, scheme.options), compensation)
+    planned.needs  # noqa: B018 - methods refuse schemes that they cannot carry out when they are asked for their needs
+    return planned
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A solved layer: its quantized weight, what is to be added to its bias (or None), and its report."""
+
+    qtensor: QTensor
+    bias: torch.Tensor | None
+    report: LayerReport
 
 
 def solve(
     layers: Iterable[PlannedLayer], weights: Mapping[str, torch.Tensor], statistics: InputStatistics | None
-) -> list[tuple[QTensor, LayerReport]]:
+) -> list[Answer]:
     """Quantize layers that share their input.
 
     Layers of one scheme are stacked along their outputs and solved as one, which costs one factorization and one pass.
@@ -54,14 +88,14 @@ def solve(
         statistics: of the shared input, or None if no layer needs any.
 
     Returns:
-        For each layer, in order, its quantized weight and its report.
+        An answer for each layer, in order.
     """
     layers = list(layers)
     _check_finite(layers, weights, statistics)
     answers = []
-    for scheme, members in groupby(layers, key=lambda layer: layer.scheme):
+    for _, members in groupby(layers, key=lambda layer: layer.scheme):
         stack = list(members)
-        stacks = [[layer] for layer in stack] if scheme.granularity == "tensor" else [stack]
+        stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
         for part in stacks:
             answers += _solve_stack(part, [weights[layer.name].float() for layer in part], statistics)
     return answers
@@ -86,21 +120,25 @@ def _check_finite(
 
 def _solve_stack(
     layers: list[PlannedLayer], weights: list[torch.Tensor], statistics: InputStatistics | None
-) -> list[tuple[QTensor, LayerReport]]:
+) -> list[Answer]:
     started = time.perf_counter()
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     problem = LayerProblem(" + ".join(layer.name for layer in layers), stacked, statistics)
-    solution = layers[0].quantizer.quantize(problem, layers[0].scheme)
+    solution = layers[0].solve(problem)
     rows = [len(weight) for weight in weights]
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
-    losses, energies, metric = _row_errors(stacked, solution.qtensor, solution.loss, statistics)
+    losses, energies, metric = _row_errors(stacked, solution, statistics)
+    biases = [None] * len(layers) if solution.bias is None else solution.bias.split(rows)
     seconds = (time.perf_counter() - started) / len(layers)
     answers = []
-    for layer, qtensor, loss, energy in zip(layers, qtensors, losses.split(rows), energies.split(rows), strict=True):
+    for layer, qtensor, bias, loss, energy in zip(
+        layers, qtensors, biases, losses.split(rows), energies.split(rows), strict=True
+    ):
         report = LayerReport(
             layer=layer.name,
             block=layer.block,
             quantizer=layer.scheme.quantizer,
+            compensation=layer.scheme.compensation,
             format=layer.scheme.format,
             granularity=layer.scheme.granularity,
             shape=qtensor.shape,
@@ -112,21 +150,24 @@ def _solve_stack(
             notes=solution.notes,
             seconds=seconds,
         )
-        answers.append((qtensor, report))
+        answers.append(Answer(qtensor, bias, report))
     return answers
 
 
 def _row_errors(
-    weight: torch.Tensor, qtensor: QTensor, loss: torch.Tensor | None, statistics: InputStatistics | None
+    weight: torch.Tensor, solution: Solution, statistics: InputStatistics | None
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Squared error and energy of each output, and the metric that they are in: the best that is known."""
+    target = weight if solution.target is None else solution.target
     if statistics is not None and statistics.tokens and statistics.second_moment is not None:
-        moment = statistics.second_moment
+        moment, loss = statistics.second_moment, solution.loss
         if loss is None:
-            error = weight - qtensor.dequantize()
+            error = target - solution.qtensor.dequantize()
             loss = ((error @ moment) * error).sum(1)
+            if solution.bias is not None and statistics.mean is not None:
+                loss += solution.bias * (solution.bias - 2 * (error @ statistics.mean))
         return loss, ((weight @ moment) * weight).sum(1), "output"
-    error = (weight - qtensor.dequantize()).square_()
+    error = (target - solution.qtensor.dequantize()).square_()
     if statistics is not None and statistics.tokens and statistics.diagonal is not None:
         return error @ statistics.diagonal, weight.square() @ statistics.diagonal, "weighted"
     return error.sum(1), weight.square().sum(1), "weight"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from quantlab.quantizers import InputStatistics, Statistic
+from quantlab.problem import InputStatistics, Statistic
 
 # Tokens a product, and columns a panel, of the second moment: see `_add_product`.
 _TOKENS = 512
@@ -23,7 +25,7 @@ class InputAccumulator:
     def __init__(self, wanted: Statistic, width: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self._wanted = wanted
-        self._moment = self._diagonal = self._shift = self._held_out = None
+        self._moment = self._diagonal = self._shift = self._held_out = self._sum = self._magnitude = None
         self._compared = self._held_out_compared = 0
         if Statistic.SECOND_MOMENT in wanted:
             self._moment = torch.zeros(width, width, device=device)
@@ -33,14 +35,24 @@ class InputAccumulator:
             self._shift = torch.zeros(width, width, device=device)
             self._held_out = torch.zeros(width, width, device=device)
 
+        if Statistic.MEAN in wanted:
+            self._sum = torch.zeros(width, device=device)
+        if Statistic.MAGNITUDE in wanted:
+            self._magnitude = torch.zeros(width, device=device)
+
     def add(self, x: torch.Tensor) -> None:
-        """Take in inputs ``[..., in]``."""
+        """Take in inputs ``[sequences, length, in]`` or ``[tokens, in]``."""
+        if self._magnitude is not None and x.numel():
+            a_sequence = x.float().abs().mean(-2).reshape(-1, x.shape[-1])
+            torch.maximum(self._magnitude, a_sequence.amax(0), out=self._magnitude)
         x = x.reshape(-1, x.shape[-1])
         self.tokens += len(x)
         if self._moment is not None:
             _add_product(self._moment, x, x)
         if self._diagonal is not None:
             self._diagonal += x.float().square().sum(0)
+        if self._sum is not None:
+            self._sum += x.float().sum(0)
 
     def compare(self, x: torch.Tensor, original: torch.Tensor, held_out: bool) -> None:
         """Take in the difference to the same tokens' inputs in the original model, both ``[..., in]``."""
@@ -59,13 +71,17 @@ class InputAccumulator:
             self._diagonal = self._moment.diagonal()
         elif self._diagonal is not None:
             self._diagonal = self._diagonal / max(self.tokens, 1)
+        mean = None if self._sum is None else self._sum / max(self.tokens, 1)
+        known = InputStatistics(
+            self.tokens, self._moment, self._diagonal, self._shift, mean=mean, magnitude=self._magnitude
+        )
         if self._shift is None or self._held_out is None or not self._compared:
-            return InputStatistics(self.tokens, self._moment, self._diagonal, self._shift)
+            return known
         shift = self._shift.add_(self._held_out).div_(self._compared)
         if not 0 < self._held_out_compared < self._compared:
-            return InputStatistics(self.tokens, self._moment, self._diagonal, shift)
+            return replace(known, shift=shift)
         held_out, share = self._held_out.div_(self._held_out_compared), self._held_out_compared / self._compared
-        return InputStatistics(self.tokens, self._moment, self._diagonal, shift, held_out, share)
+        return replace(known, shift=shift, held_out_shift=held_out, held_out=share)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -6,14 +6,10 @@ works with every format: all that it asks of one is the nearest entry.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-
-from quantlab.errors import RecipeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +20,14 @@ class Grid:
         name: what recipes call it, for example ``int4``.
         bits: width of a code.
         values: float32 ``[<= 2**bits]``, strictly ascending, on the CPU.
+        ties: bool, one for each pair of neighbours: whether what lies exactly between them goes to the upper one; None
+            if all go to the lower one. Floating-point formats round ties to even.
     """
 
     name: str
     bits: int
     values: torch.Tensor
+    ties: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         values = self.values
@@ -63,7 +62,10 @@ class Grid:
 
     @cached_property
     def _midpoints(self) -> torch.Tensor:
-        return (self.values[1:].double() + self.values[:-1].double()).div(2).float()
+        middles = (self.values[1:].double() + self.values[:-1].double()).div(2).float()
+        if self.ties is None:
+            return middles
+        return torch.where(self.ties, torch.nextafter(middles, middles.new_tensor(-torch.inf)), middles)
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """Codes of the entries nearest to ``x``: uint8, any shape. Values beyond the ends saturate."""
@@ -77,33 +79,3 @@ class Grid:
             return x.round().clamp_(self.lowest, self.highest)
         table = self.values.to(x.device, x.dtype)
         return table[torch.bucketize(x, self._midpoints.to(x.device), out_int32=True)]
-
-
-def integer(bits: int) -> Grid:
-    """Two's complement integers, ``-2^(b-1) .. 2^(b-1) - 1``."""
-    half = 2 ** (bits - 1)
-    return Grid(f"int{bits}", bits, torch.arange(-half, half, dtype=torch.float32))
-
-
-# A format family: a pattern of the name, and the function that turns its match into a grid.
-_FAMILIES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], Grid]]] = [
-    (re.compile(r"int([2-8])"), lambda match: integer(int(match[1]))),
-]
-_EXAMPLES = [f"int{bits}" for bits in range(2, 9)]
-_CACHE: dict[str, Grid] = {}
-
-
-def grid(name: str) -> Grid:
-    """The grid that a recipe calls ``name``.
-
-    Raises:
-        RecipeError: no format has this name.
-    """
-    if name not in _CACHE:
-        for pattern, make in _FAMILIES:
-            if match := pattern.fullmatch(name):
-                _CACHE[name] = make(match)
-                break
-        else:
-            raise RecipeError(f"format {name!r} is unknown; use one of {', '.join(_EXAMPLES)}")
-    return _CACHE[name]

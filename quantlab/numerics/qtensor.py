@@ -8,14 +8,36 @@ import torch
 from quantlab_kernels import decode
 
 from quantlab.numerics.grid import Grid
+from quantlab.numerics.scale import Scales
+from quantlab.numerics.scale_type import OuterScales, decode_scales
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A correction that is added to the decoded weight: ``left [out, rank] @ right [rank, in]``."""
+    """A correction that is added to the decoded weight: ``left @ diag(scales) @ right``.
+
+    Attributes:
+        left: ``[out, rank]``, floating-point or int8.
+        right: ``[rank, in]``, of the same dtype.
+        scales: float32 ``[rank]`` where the factors are int8, else None.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many columns the left factor has."""
+        return self.left.shape[1]
+
+    def scaled_left(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``left @ diag(scales)`` in ``dtype``."""
+        return self.left.to(dtype) if self.scales is None else (self.left.float() * self.scales).to(dtype)
+
+    def product(self) -> torch.Tensor:
+        """The correction itself: float32 ``[out, in]``."""
+        return self.scaled_left() @ self.right.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +46,12 @@ class QTensor:
 
     Attributes:
         codes: uint8 ``[out, in]``, indices into the grid, unpacked.
-        scales: ``[out, groups]``, ``[out, 1]`` (per channel) or ``[1, 1]`` (per tensor), as stored.
+        scales: ``[out, groups]``, ``[out, 1]`` (per channel) or ``[1, 1]`` (per tensor), as stored; see
+            :func:`quantlab.numerics.decode_scales`.
         zeros: like ``scales`` in units of the grid, or None (symmetric).
         grid: what the codes mean.
         low_rank: a low-rank correction, or None.
+        outer: the second level of the scales, or None.
     """
 
     codes: torch.Tensor
@@ -35,6 +59,12 @@ class QTensor:
     zeros: torch.Tensor | None
     grid: Grid
     low_rank: LowRank | None = None
+    outer: OuterScales | None = None
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, scales: Scales, grid: Grid) -> QTensor:
+        """Codes with the scales that they were chosen for."""
+        return cls(codes, scales.scales, scales.zeros, grid, outer=scales.outer)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,19 +73,20 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``[out, in]`` that the codes stand for, with the low-rank correction added."""
-        table = self.grid.values.to(self.codes.device)
+        table, scales = self.grid.values.to(self.codes.device), decode_scales(self.scales, self.outer)
         if self.low_rank is None:
-            return decode(self.codes, self.scales, self.zeros, table, dtype)
-        weight = decode(self.codes, self.scales, self.zeros, table)
-        return (weight + self.low_rank.left.float() @ self.low_rank.right.float()).to(dtype)
+            return decode(self.codes, scales, self.zeros, table, dtype)
+        return (decode(self.codes, scales, self.zeros, table) + self.low_rank.product()).to(dtype)
 
     def stored_bits(self) -> int:
         """Bits that are stored: packed codes, scales, zeros, the table, low-rank factors."""
         rows, columns = self.shape
         bits = rows * ((columns * self.grid.bits + 7) // 8) * 8
         extra = [self.scales, self.zeros, self.grid.values]
+        if self.outer is not None:
+            extra += [self.outer.scales, self.outer.offset]
         if self.low_rank is not None:
-            extra += [self.low_rank.left, self.low_rank.right]
+            extra += [self.low_rank.left, self.low_rank.right, self.low_rank.scales]
         return bits + sum(8 * t.numel() * t.element_size() for t in extra if t is not None)
 
     def bits_per_weight(self) -> float:
@@ -68,10 +99,11 @@ class QTensor:
         Raises:
             ValueError: the scale is shared by all rows, or the parts do not add up.
         """
-        if self.scales.shape[0] != self.shape[0] or self.low_rank is not None:
+        shared = self.outer is not None and self.outer.scales.numel() > 1
+        if self.scales.shape[0] != self.shape[0] or self.low_rank is not None or shared:
             raise ValueError("only a tensor whose rows have scales of their own can be cut")
         if sum(rows) != self.shape[0]:
             raise ValueError(f"parts of {rows} rows do not add up to {self.shape[0]}")
         zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(rows)
         parts = zip(self.codes.split(rows), self.scales.split(rows), zeros, strict=True)
-        return [QTensor(codes, scales, zero, self.grid) for codes, scales, zero in parts]
+        return [QTensor(codes, scales, zero, self.grid, outer=self.outer) for codes, scales, zero in parts]

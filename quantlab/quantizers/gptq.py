@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 
 from quantlab.errors import QuantlabError, RecipeError
-from quantlab.numerics import Granularity, Grid, QTensor
-from quantlab.quantizers.base import InputStatistics, LayerProblem, Solution, Statistic, register, require
+from quantlab.numerics import Granularity, Grid, QTensor, Scales, scale_type
+from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic, require
+from quantlab.quantizers.base import register
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
 
@@ -61,8 +62,17 @@ class Gptq:
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"gptq: block {self.block!r}: use a positive whole number")
 
-    def needs(self, scheme: Scheme) -> Statistic:  # noqa: ARG002
-        """The full second moment; the shift between original and quantized inputs if the target moves."""
+    def needs(self, scheme: Scheme) -> Statistic:
+        """The full second moment; the shift between original and quantized inputs if the target moves.
+
+        Raises:
+            RecipeError: scales that are chosen one group after the other cannot share a second level.
+        """
+        if self.order != "activation" and isinstance(scheme.granularity, int) and scale_type(scheme.scale_dtype).block:
+            raise RecipeError(
+                f"gptq: order {self.order!r} chooses scales group by group, and scales in {scheme.scale_dtype} are "
+                "chosen all at once; use order activation, or another scale_dtype"
+            )
         return Statistic.SECOND_MOMENT | (Statistic.SHIFT if self.asym else Statistic.NONE)
 
     def quantize(self, problem: LayerProblem, scheme: Scheme) -> Solution:
@@ -94,7 +104,7 @@ class Gptq:
         added = factor.square().sum(1) - diagonal[order]  # damping is part of the factor, not of the layer's error
         loss -= error[:, order].square() @ added
         notes = (f"damping raised to {damping:.3g}",) if damping > self.damping else ()
-        return Solution(qtensor, loss.clamp_(min=0), notes)
+        return Solution(qtensor, loss.clamp_(min=0), notes, target if self.asym else None)
 
     def _round(
         self,
@@ -108,12 +118,12 @@ class Gptq:
 
         Works on transposed copies: column k of the weight is row k here, contiguous.
         """
-        grid = scheme.grid
-        assert grid is not None
+        grid = scheme.grid_for(target, importance)
         columns = target.shape[1]
         size = scheme.granularity if isinstance(scheme.granularity, int) else columns
         dynamic = self.order != "activation" and isinstance(scheme.granularity, int)
-        scales, zeros = scheme.choose_scales(target, importance)
+        scales = scheme.choose_scales(target, grid, importance)
+        steps, zeros = scales.decode(), scales.zeros
         group_of = (order // size).tolist()
         diagonal = factor.diagonal()
         feedback = factor / diagonal  # M
@@ -128,12 +138,11 @@ class Gptq:
                 # The group's weights once they too make up for the error so far: what its scale must cover.
                 lower, passed_on = feedback[members, members].T, current[members] - goal[members]
                 moved = torch.linalg.solve_triangular(lower, passed_on, upper=False, unitriangular=True)
-                scale, zero = scheme.choose_scales((goal[members] + moved).T.contiguous(), weights, "channel")
-                scales[:, group] = scale[:, 0]
-                if zero is not None and zeros is not None:
-                    zeros[:, group] = zero[:, 0]
+                part = scheme.choose_scales((goal[members] + moved).T.contiguous(), grid, weights, "channel")
+                _put(scales, group, part)
+                steps[:, group] = part.decode()[:, 0]
             span = slice(start, stop)
-            step = scales.T[group_of[span]].float()
+            step = steps.T[group_of[span]]
             shift = None if zeros is None else zeros.T[group_of[span]].float()
             values, error = _round_span(grid, current[span], goal[span], step, shift, feedback[span, span])
             codes[span] = grid.nearest(values)
@@ -142,7 +151,14 @@ class Gptq:
             current[stop:].addmm_(feedback[span, stop:].T, error)
         out = torch.empty_like(codes)
         out[order] = codes
-        return QTensor(out.T.contiguous(), scales, zeros, grid), loss
+        return QTensor.of(out.T.contiguous(), scales, grid), loss
+
+
+def _put(scales: Scales, group: int, part: Scales) -> None:
+    """Replace the scales of one group by ``part``, scales of shape ``[out, 1]``."""
+    scales.scales[:, group] = part.scales[:, 0]
+    if scales.zeros is not None and part.zeros is not None:
+        scales.zeros[:, group] = part.zeros[:, 0]
 
 
 def _round_span(

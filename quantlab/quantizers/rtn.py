@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantlab.numerics import QTensor, apply_scales
-from quantlab.quantizers.base import LayerProblem, Solution, Statistic, register, require
+from quantlab.problem import LayerProblem, Solution, Statistic, require
+from quantlab.quantizers.base import register
 from quantlab.recipe import Scheme
 
 
@@ -24,7 +25,7 @@ class Rtn:
     def quantize(self, problem: LayerProblem, scheme: Scheme) -> Solution:
         """Choose scales for the weight as it stands, then round."""
         require(problem, self.needs(scheme))
-        grid = scheme.grid
-        assert grid is not None, "layers that stay as they are never reach a quantizer"
-        scales, zeros = scheme.choose_scales(problem.weight, problem.importance(scheme))
-        return Solution(QTensor(apply_scales(problem.weight, grid, scales, zeros), scales, zeros, grid))
+        importance = problem.importance(scheme)
+        grid = scheme.grid_for(problem.weight, importance)
+        scales = scheme.choose_scales(problem.weight, grid, importance)
+        return Solution(QTensor.of(apply_scales(problem.weight, grid, scales), scales, grid))

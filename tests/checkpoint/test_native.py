@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from quantlab.numerics import Grid, LowRank, QTensor, apply_scales, choose_scale
 def qtensor(table: Grid, granularity=8, *, symmetric=True, dtype=torch.bfloat16, low_rank=False) -> QTensor:
     torch.manual_seed(0)
     weight = torch.randn(6, 24)
-    scales, zeros = choose_scales(weight, table, granularity, symmetric=symmetric, search=False, dtype=dtype)
+    stored = str(dtype).removeprefix("torch.")
+    scales = choose_scales(weight, table, granularity, symmetric=symmetric, search=False, stored=stored)
     correction = LowRank(torch.randn(6, 2), torch.randn(2, 24)) if low_rank else None
-    return QTensor(apply_scales(weight, table, scales, zeros), scales, zeros, table, correction)
+    return replace(QTensor.of(apply_scales(weight, table, scales), scales, table), low_rank=correction)
 
 
 OWN_TABLE = Grid("own-table", 3, torch.tensor([-4.0, -2.0, -0.5, 0.25, 3.0]))

@@ -108,8 +108,9 @@ def quantized(layer: nn.Module, form: int) -> QTensor:
         (5, 32, False, torch.float32),
     ][form % 4]
     table = grid(f"int{bits}")
-    scales, zeros = choose_scales(weight, table, granularity, symmetric=symmetric, search=False, dtype=dtype)
-    return QTensor(apply_scales(weight, table, scales, zeros), scales, zeros, table)
+    stored = str(dtype).removeprefix("torch.")
+    scales = choose_scales(weight, table, granularity, symmetric=symmetric, search=False, stored=stored)
+    return QTensor.of(apply_scales(weight, table, scales), scales, table)
 
 
 def write_quantized(model: PreTrainedModel, folder: Path, *, head: bool = True) -> dict[str, QTensor]:

@@ -19,7 +19,7 @@ from quantlab.engine.statistics import InputAccumulator
 from quantlab.errors import QuantlabError
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
-from quantlab.quantizers import InputStatistics, LayerProblem, Statistic
+from quantlab.problem import InputStatistics, LayerProblem, Statistic
 from quantlab.recipe import load_recipe
 
 # In the order of the forward pass.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlab.errors import RecipeError
-from quantlab.numerics import Grid, grid
+from quantlab.numerics import Grid, format_called, grid
 
 # A table like NF4: no two steps alike, more entries above zero than below.
 NORMAL_FLOAT = Grid(
@@ -31,7 +31,9 @@ def formats() -> list[str]:
     """Every format that quantlab has: what it tells someone who asks for one that it has not."""
     with pytest.raises(RecipeError) as caught:
         grid("no-such-format")
-    return re.findall(r"[\w.-]+", str(caught.value).split("use one of", 1)[1])
+    named = re.findall(r"[\w.:-]+", str(caught.value).split("such as", 1)[1].split(", with")[0])
+    widths = [*(f"int{bits}" for bits in range(2, 9)), "nf3", "e2m1", "e2m3", "e2m2", "power3:0.6", "int8-narrow"]
+    return [*widths, *(name for name in named if format_called(name).grid is not None)]
 
 
 GRIDS = [*map(grid, formats()), *ODD]

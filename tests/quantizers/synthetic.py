@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from quantlab.numerics import Grid
-from quantlab.quantizers import InputStatistics, LayerProblem, Solution
+from quantlab.problem import InputStatistics, LayerProblem, Solution
 from quantlab.recipe import Scheme
 
 # Like NF4: no two steps alike, more entries above zero than below.

@@ -23,7 +23,8 @@ from synthetic import (
 
 from quantlab.errors import MissingStatisticsError, QuantlabError, RecipeError
 from quantlab.numerics import QTensor, choose_scales, grid
-from quantlab.quantizers import InputStatistics, Solution, Statistic, make_quantizer
+from quantlab.problem import InputStatistics, Solution, Statistic
+from quantlab.quantizers import make_quantizer
 from quantlab.quantizers.gptq import Gptq, column_order, factorize
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
@@ -147,9 +148,9 @@ def test_a_groups_scale_is_chosen_when_its_turn_comes(order, search, symmetric):
     nearest = rounding_of(q)
     for i, column in enumerate(taken):
         if i % 8 == 0:
-            scales, zeros = choose_scales(
+            scales, zeros, _ = choose_scales(
                 torch.from_numpy(w[:, i : i + 8]).float(),
-                scheme.grid,
+                grid(scheme.format),
                 "channel",
                 symmetric=symmetric,
                 search=search != "absmax",
@@ -349,7 +350,7 @@ def test_inputs_that_are_never_on(scheme, order):
 @each_scheme
 @each_order
 def test_what_is_on_the_grid_stays_there(scheme, order):
-    table = scheme.grid
+    table = grid(scheme.format)
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, len(table), (ROWS, COLUMNS), generator=generator, dtype=torch.uint8)
     codes[:, ::8] = 0

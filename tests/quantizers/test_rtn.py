@@ -7,8 +7,9 @@ import torch
 from synthetic import NF4, TableScheme, inputs, moment_statistics, output_error, problem, statistics, weights
 
 from quantlab.errors import MissingStatisticsError, RecipeError
-from quantlab.numerics import apply_scales, choose_scales
-from quantlab.quantizers import InputStatistics, Quantizer, Statistic, make_quantizer, quantizer_names
+from quantlab.numerics import apply_scales, choose_scales, grid
+from quantlab.problem import InputStatistics, Statistic
+from quantlab.quantizers import Quantizer, make_quantizer, quantizer_names
 from quantlab.quantizers.gptq import Gptq
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
@@ -27,19 +28,20 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_weight_gets_the_nearest_entry_under_its_scale(scheme):
     q = Rtn().quantize(problem(W, KEPT), scheme).qtensor
+    table = grid(scheme.format)
     importance = KEPT.diagonal if scheme.scale_search == "second-moment" else None
-    scales, zeros = choose_scales(
+    scales = choose_scales(
         W,
-        scheme.grid,
+        table,
         scheme.granularity,
         symmetric=scheme.symmetric,
         search=scheme.scale_search != "absmax",
         importance=importance,
-        dtype=torch.bfloat16,
+        stored="bfloat16",
     )
-    assert torch.equal(q.scales, scales)
-    assert torch.equal(q.codes, apply_scales(W, scheme.grid, scales, zeros))
-    assert q.grid is scheme.grid
+    assert torch.equal(q.scales, scales.scales)
+    assert torch.equal(q.codes, apply_scales(W, table, scales))
+    assert q.grid is table
     far = (W - q.dequantize()).abs()
     inner = (q.codes > 0) & (q.codes < len(q.grid) - 1)
     scale = q.scales.float().abs().repeat_interleave(64 // q.scales.shape[1], 1)

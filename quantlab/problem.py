@@ -1,0 +1,114 @@
+"""What a method is given and what it answers: a layer, what is known of its inputs, and the solution."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from quantlab.errors import MissingStatisticsError
+from quantlab.numerics import QTensor
+from quantlab.recipe import Scheme
+
+
+class Statistic(enum.Flag):
+    """What a method may ask to be kept of a layer's inputs ``x`` (as rows of tokens)."""
+
+    NONE = 0
+    DIAGONAL = enum.auto()  # E[x_j^2]
+    SECOND_MOMENT = enum.auto()  # E[x x^T]; its diagonal comes with it
+    SHIFT = enum.auto()  # E[(x_o - x) x^T]: x_o is the same token's input in the original model; once more, held out
+    MEAN = enum.auto()  # E[x]
+    MAGNITUDE = enum.auto()  # max over sequences of E|x_j|
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What was kept of the inputs of one or several layers; what nobody asked for is None.
+
+    Attributes:
+        tokens: how many inputs were seen; 0 if none (an expert that no token was routed to).
+        second_moment: ``E[x x^T]``, float32 ``[in, in]``.
+        diagonal: ``E[x_j^2]``, float32 ``[in]``.
+        shift: ``E[(x_o - x) x^T]``, float32 ``[in, in]``, x_o from the original model and x from the quantized.
+        held_out_shift: the same over a held-out part of these tokens; None if there were too few.
+        held_out: that part's share of the tokens of ``shift``.
+        mean: ``E[x]``, float32 ``[in]``.
+        magnitude: ``E|x_j|`` of the sequence where it is largest, float32 ``[in]``.
+    """
+
+    tokens: int
+    second_moment: torch.Tensor | None = None
+    diagonal: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    held_out_shift: torch.Tensor | None = None
+    held_out: float = 0.0
+    mean: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One linear layer to be quantized, or several that share an input and a scheme, stacked along their outputs.
+
+    Attributes:
+        name: for messages.
+        weight: float32 ``[out, in]``.
+        statistics: of its inputs, or None where the method needs none.
+    """
+
+    name: str
+    weight: torch.Tensor
+    statistics: InputStatistics | None = None
+
+    def importance(self, scheme: Scheme) -> torch.Tensor | None:
+        """``E[x_j^2]`` where the scheme's scale search is weighted by it and inputs were seen, else None."""
+        if scheme.scale_search != "second-moment" or self.statistics is None or self.statistics.tokens == 0:
+            return None
+        return self.statistics.diagonal
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A method's answer.
+
+    Attributes:
+        qtensor: the quantized weight.
+        loss: float32 ``[out]``, the diagonal of ``E H E^T`` for the error ``E`` against the method's target and the
+            second moment ``H``, where the method knows it without computing it again; else None.
+        notes: what a person should know: a fallback, a raised damping.
+        target: float32 ``[out, in]``, what the method approximated where that is not the weight itself; else None.
+        bias: float32 ``[out]``, to be added to the layer's bias; None if that stays as it is.
+    """
+
+    qtensor: QTensor
+    loss: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
+    target: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+_ATTRIBUTES = {
+    Statistic.SECOND_MOMENT: "second_moment",
+    Statistic.DIAGONAL: "diagonal",
+    Statistic.SHIFT: "shift",
+    Statistic.MEAN: "mean",
+    Statistic.MAGNITUDE: "magnitude",
+}
+
+
+def require(problem: LayerProblem, statistic: Statistic) -> InputStatistics:
+    """The problem's statistics, checked to hold what the method declared.
+
+    Raises:
+        MissingStatisticsError: they were not collected.
+    """
+    kept = problem.statistics
+    for flag, attribute in _ATTRIBUTES.items():
+        if flag in statistic and (kept is None or (kept.tokens and getattr(kept, attribute) is None)):
+            raise MissingStatisticsError(
+                f"{problem.name}: needs {attribute} of its inputs, which was not collected; run it over calibration "
+                "data through quantlab.quantize, or pass InputStatistics"
+            )
+    return kept if kept is not None else InputStatistics(0)

@@ -96,7 +96,7 @@ def engine(chosen, tokens, folder, name="llama", progress=None):
     run.execute()
     answers: dict[str, QTensor] = {}
     for block in (*architecture.blocks, ""):
-        answers |= journal.read(block)
+        answers |= journal.read(block)[0]
     return answers, {report.layer: report for report in journal.reports}
 
 
@@ -275,7 +275,7 @@ def test_batches_do_not_change_what_is_seen(original, tokens, tmp_path):
     journal = Journal(tmp_path / "one", {}, [*architecture.blocks, ""])
     plan = preflight.plan(chosen, architecture, model)
     Run(source, model, architecture, plan, [tokens], journal).execute()
-    one = journal.read("model.layers.1")
+    one = journal.read("model.layers.1")[0]
     for layer, qtensor in one.items():
         assert (qtensor.codes == many[layer].codes).float().mean() > 0.998
 

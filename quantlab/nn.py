@@ -1,21 +1,21 @@
-"""The modules that run a quantized model: linear layers of packed codes, and experts as linear layers."""
+"""The modules that run a quantized model: layers and embeddings of packed codes, and experts as linear layers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from quantlab_kernels import pack, packed_width, quantized_linear, unpack
+from quantlab_kernels import decode, pack, packed_width, quantized_linear, unpack
 from torch import nn
 
 from quantlab.errors import QuantlabError
 from quantlab.experts import UnfusedExperts, unfuse_experts
 from quantlab.numerics import Grid, LowRank, OuterScales, QTensor, decode_scales
 
-__all__ = ["QuantLinear", "Storage", "UnfusedExperts", "packed_tensors", "unfuse_experts", "unpacked"]
+__all__ = ["QuantEmbedding", "QuantLinear", "Storage", "UnfusedExperts", "packed_tensors", "unfuse_experts", "unpacked"]
 
 
 _BUFFERS = (
@@ -172,12 +172,11 @@ def unpacked(tensors: Mapping[str, torch.Tensor], storage: Storage) -> QTensor:
     )
 
 
-class QuantLinear(nn.Module):
-    """A linear layer whose weight is a :class:`QTensor`, stored as packed codes.
+class _Quantized(nn.Module):
+    """A module whose weight is a :class:`QTensor`, stored as packed codes.
 
-    It computes in the dtype of its input. The buffers keep their dtypes: ``.to(dtype)``, ``.half()`` and
-    their like change where the layer lives and the dtype of its bias, never the numbers that the weight
-    is made of.
+    The buffers keep their dtypes: ``.to(dtype)``, ``.half()`` and their like change where the module lives and the
+    dtype of its bias, never the numbers that the weight is made of.
 
     Made from a :class:`Storage` alone its buffers are empty, on the default device (which may be meta).
 
@@ -209,10 +208,8 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_qtensor(
-        cls, qtensor: QTensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> QuantLinear:
-        """The layer ``x @ qtensor.dequantize().T + bias``, sharing the tensors' memory where it can."""
+    def from_qtensor(cls, qtensor: QTensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The module with the weight ``qtensor``, sharing the tensors' memory where it can."""
         with torch.device("meta"):
             layer = cls(Storage.of(qtensor, bias is not None))
         layer.dtype = dtype or layer.dtype
@@ -246,6 +243,26 @@ class QuantLinear(nn.Module):
         """The weight, with its codes unpacked."""
         return unpacked({name: tensor for name, tensor in self.named_buffers() if tensor is not None}, self.storage)
 
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        scales = "x".join(map(str, self.storage.scale_shape))
+        features = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{features}, format={self.storage.format}, scales={scales}, bias={self.storage.bias}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+class QuantLinear(_Quantized):
+    """A linear layer of packed codes. It computes in the dtype of its input."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         low_rank = None
@@ -257,21 +274,23 @@ class QuantLinear(nn.Module):
             scales = decode_scales(scales, OuterScales(self.outer_scales, self.outer_offset))
         return quantized_linear(x, self.codes, scales, self.zeros, self.table, self.storage.bits, self.bias, low_rank)
 
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
-        scales = "x".join(map(str, self.storage.scale_shape))
-        features = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{features}, format={self.storage.format}, scales={scales}, bias={self.storage.bias}"
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        before = dict(self._buffers)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
+class QuantEmbedding(_Quantized):
+    """An embedding of packed codes: only the rows that are looked up are decoded. Its output is in :attr:`dtype`."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids ``[...]`` to rows ``[..., in_features]``."""
+        rows = ids.flatten()
+        outer = None if self.outer_scales is None else OuterScales(self.outer_scales, self.outer_offset)
+        scales = decode_scales(self.scales, outer)
+        per_row = scales.shape[0] > 1
+        zeros = self.zeros[rows] if self.zeros is not None and per_row else self.zeros
+        codes = unpack(self.codes[rows], self.storage.bits, self.storage.in_features)
+        weight = decode(codes, scales[rows] if per_row else scales, zeros, self.table)
+        if self.low_rank_left is not None and self.low_rank_right is not None:
+            left = LowRank(self.low_rank_left[rows], self.low_rank_right, self.low_rank_scales).scaled_left()
+            weight = weight + left @ self.low_rank_right.float()
+        return weight.to(self.dtype).view(*ids.shape, self.storage.in_features)
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -26,9 +26,10 @@ def decode(
     Returns:
         ``[out, in]``.
     """
+    rows, columns = codes.shape
     groups = scales.shape[1]
     # index_select is twice as fast as indexing here, and this is most of what the reference costs.
-    values = table.float().index_select(0, codes.flatten().int()).view(codes.shape[0], groups, -1)
+    values = table.float().index_select(0, codes.flatten().int()).view(rows, groups, columns // groups)
     if zeros is not None:
         values = values - zeros.float().unsqueeze(-1)
     return (values * scales.float().unsqueeze(-1)).flatten(1).to(dtype)

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantlab.checkpoint.native import QUANT_METHOD, check_table, parse_quantization_config
 from quantlab.errors import CheckpointError, QuantlabError
-from quantlab.nn import QuantLinear, Storage, UnfusedExperts, unfuse_experts
+from quantlab.nn import QuantEmbedding, QuantLinear, Storage, UnfusedExperts, unfuse_experts
 
 
 class QuantlabConfig(QuantizationConfigMixin):
@@ -66,7 +66,7 @@ class QuantlabQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name, storage in self.layers.items():
             layer = model.get_submodule(name)
-            if isinstance(layer, QuantLinear) and not layer.table.is_meta:
+            if isinstance(layer, QuantLinear | QuantEmbedding) and not layer.table.is_meta:
                 check_table(name, storage, layer.table)
         return model
 
@@ -95,7 +95,7 @@ class QuantlabQuantizer(HfQuantizer):
             raise QuantlabError(f"{type(model).__name__}: a mixture of experts cannot be dequantized in place")
         for name in self.layers:
             layer = model.get_submodule(name)
-            if isinstance(layer, QuantLinear):
+            if isinstance(layer, QuantLinear | QuantEmbedding):
                 _set(model, name, _dense(layer, dtype or model.dtype))
         return model
 
@@ -136,10 +136,12 @@ def _has(model: nn.Module, name: str) -> bool:
 def _check_fits(module: nn.Module, name: str, storage: Storage) -> None:
     if isinstance(module, Conv1D):
         shape = (module.weight.shape[1], module.weight.shape[0])
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear | nn.Embedding):
         shape = (module.weight.shape[0], module.weight.shape[1])
     else:
-        raise CheckpointError(f"{name}: is a {type(module).__name__}, the checkpoint has a linear layer for it")
+        raise CheckpointError(
+            f"{name}: is a {type(module).__name__}, the checkpoint has a linear layer or embedding for it"
+        )
     stored = (storage.out_features, storage.in_features)
     if shape != stored:
         raise CheckpointError(
@@ -149,8 +151,9 @@ def _check_fits(module: nn.Module, name: str, storage: Storage) -> None:
 
 
 def _replace(model: nn.Module, name: str, storage: Storage) -> None:
+    kind = QuantEmbedding if isinstance(model.get_submodule(name), nn.Embedding) else QuantLinear
     with torch.device("meta"):
-        layer = QuantLinear(storage)
+        layer = kind(storage)
     _set(model, name, layer.train(model.training))
 
 
@@ -160,7 +163,7 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _untie(model: PreTrainedModel, layers: Mapping[str, Storage]) -> None:
-    """A quantized layer (an ``lm_head``) has a weight of its own, whatever it was tied to."""
+    """A quantized layer (an ``lm_head``, an embedding) has a weight of its own, whatever it was tied to."""
     gone = {f"{name}.weight" for name in layers}
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and isinstance(module._tied_weights_keys, dict):
@@ -173,8 +176,10 @@ def _untie(model: PreTrainedModel, layers: Mapping[str, Storage]) -> None:
             }
 
 
-def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+def _dense(layer: QuantLinear | QuantEmbedding, dtype: torch.dtype) -> nn.Module:
     weight = layer.to_qtensor().dequantize(dtype)
+    if isinstance(layer, QuantEmbedding):
+        return nn.Embedding.from_pretrained(weight).train(layer.training)
     dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:

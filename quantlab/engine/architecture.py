@@ -28,6 +28,7 @@ class Architecture:
         blocks: names of the blocks, in the order in which they are defined.
         layers: for each block its linear layers, by full name.
         outside: linear layers that are in no block (heads, projections).
+        embeddings: plain embeddings that are in no block.
         routed: layers of experts, which see only the tokens that are routed to them.
     """
 
@@ -35,11 +36,17 @@ class Architecture:
     layers: dict[str, tuple[str, ...]]
     outside: tuple[str, ...]
     routed: frozenset[str]
+    embeddings: tuple[str, ...] = ()
 
     @property
     def all_layers(self) -> list[str]:
         """Every linear layer of the model, block by block, then those outside."""
         return [name for block in self.blocks for name in self.layers[block]] + list(self.outside)
+
+    @property
+    def quantizable(self) -> list[str]:
+        """Everything that a recipe can name: linear layers and embeddings."""
+        return [*self.all_layers, *self.embeddings]
 
     def block_of(self, parameter: str) -> str | None:
         """The block that a parameter or module belongs to, or None."""
@@ -75,7 +82,13 @@ def describe(model: nn.Module) -> Architecture:
     inside = {name for names in layers.values() for name in names}
     experts = [name for name, module in model.named_modules() if isinstance(module, UnfusedExperts)]
     routed = frozenset(name for name in inside if any(name.startswith(expert + ".") for expert in experts))
-    return Architecture(tuple(blocks), layers, tuple(name for name in linear if name not in inside), routed)
+    embeddings = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Embedding and not any(name.startswith(block + ".") for block in blocks)
+    ]
+    outside = tuple(name for name in linear if name not in inside)
+    return Architecture(tuple(blocks), layers, outside, routed, tuple(embeddings))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -80,12 +80,14 @@ class Run:
         self._load(OUTSIDE, [self.model])
         for twin in models[1:]:
             self._share_outside(twin)
+        outside = self._solve(_unseen([self.plan[name] for name in self.architecture.embeddings if name in self.plan]))
+        lookups = {answer.report.layer: answer.qtensor for answer in outside}
         original = models[1] if shifted else None
         remaining = set(self.architecture.blocks)
-        waiting = {layer.name: layer for layer in self._planned(OUTSIDE) if layer.needs}
-        outside: list[Answer] = []
+        waiting = {name: self.plan[name] for name in self.architecture.outside if name in self.plan}
+        waiting = {name: layer for name, layer in waiting.items() if layer.needs}
         with (
-            self._embeddings_on_demand(models),
+            self._embeddings_on_demand(models, lookups),
             Calibration(self.model, original, self.architecture, self.batches, list(waiting)) as calibration,
         ):
             self._unload(OUTSIDE, models)
@@ -140,7 +142,7 @@ class Run:
         """Write a block."""
         quantized = {answer.report.layer: answer.qtensor for answer in answers}
         storages = {
-            name: Storage.of(qtensor, bias=self.model.get_submodule(name).bias is not None)
+            name: Storage.of(qtensor, bias=getattr(self.model.get_submodule(name), "bias", None) is not None)
             for name, qtensor in quantized.items()
         }
         reports = [answer.report for answer in answers]
@@ -170,7 +172,8 @@ class Run:
             replace_tensor(self.model, name, tensor)
 
     def _planned(self, block: str) -> list[PlannedLayer]:
-        names = self.architecture.layers[block] if block else self.architecture.outside
+        outside = (*self.architecture.embeddings, *self.architecture.outside)
+        names = self.architecture.layers[block] if block else outside
         return [self.plan[name] for name in names if name in self.plan]
 
     def _belongs(self, name: str, block: str) -> bool:
@@ -212,11 +215,17 @@ class Run:
         return {f"{name}.weight": name for name in modules if self._belongs(f"{name}.weight", OUTSIDE)}
 
     @contextmanager
-    def _embeddings_on_demand(self, models: list[nn.Module]) -> Iterator[None]:
+    def _embeddings_on_demand(self, models: list[nn.Module], quantized: dict[str, QTensor]) -> Iterator[None]:
         """Load an embedding when it is called: it can be larger than any block, and few models call it twice."""
 
         def hook(model: nn.Module, weight: str) -> Callable[..., None]:
-            return lambda *_: self.source.load(model, lambda name: name == weight)
+            def before(module: nn.Module, *_: object) -> None:
+                if module.get_parameter("weight").is_meta:
+                    self.source.load(model, lambda name: name == weight)
+                    if model is self.model and self._embeddings[weight] in quantized:
+                        set_weight(module, quantized[self._embeddings[weight]].dequantize(get_weight(module).dtype))
+
+            return before
 
         handles = [
             model.get_submodule(name).register_forward_pre_hook(hook(model, weight))

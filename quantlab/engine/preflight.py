@@ -24,19 +24,19 @@ _GIB = 1 << 30
 def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[str, PlannedLayer]:
     """What the recipe does with each layer; layers that stay as they are are left out.
 
-    The recipe's default is for the linear layers of the blocks. A layer outside (a head) is quantized only if a
-    pattern names it.
+    The recipe's default is for the linear layers of the blocks. A layer outside (a head) and an embedding are quantized
+    only if a pattern names them.
 
     Raises:
         RecipeError: a pattern that matches no layer, a method or option that does not exist.
         PreflightError: a group size that does not divide a layer's inputs; a recipe that leaves nothing to do.
     """
     for pattern in recipe.layers:
-        if not any(matches(pattern, name) for name in architecture.all_layers):
+        if not any(matches(pattern, name) for name in architecture.quantizable):
             raise RecipeError(_unmatched(pattern, architecture, model))
     planned: dict[str, PlannedLayer] = {}
     blocks = {name: block for block, names in architecture.layers.items() for name in names}
-    for name in architecture.all_layers:
+    for name in architecture.quantizable:
         named = any(matches(pattern, name) for pattern in recipe.layers)
         scheme = recipe.scheme(name)
         if not scheme.keeps and (name in blocks or named):
@@ -48,7 +48,20 @@ def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[s
             "for example --set format=int4"
         )
     _check_groups(planned.values())
+    _check_tied(planned, architecture, model)
     return planned
+
+
+def _check_tied(planned: Iterable[str], architecture: Architecture, model: nn.Module) -> None:
+    """Refuse to quantize an embedding alone that a head shares: the head would keep a copy, and nothing be saved."""
+    for name in set(planned).intersection(architecture.embeddings):
+        weight = model.get_submodule(name).weight
+        for head in architecture.quantizable:
+            if head not in planned and model.get_submodule(head).weight is weight:
+                raise PreflightError(
+                    f"{name}: shares its weight with {head}, which would keep the original; name both in the recipe, "
+                    f"for example layers: {{{name}: {{format: int8}}, {head}: {{format: int8}}}}, or neither"
+                )
 
 
 def _check_groups(layers: Iterable[PlannedLayer]) -> None:
@@ -75,7 +88,10 @@ def _undivided(layer: PlannedLayer) -> bool:
 def _unmatched(pattern: str, architecture: Architecture, model: nn.Module) -> str:
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     if any(matches(pattern, name) for name in embeddings):
-        return f"layers[{pattern!r}] names an embedding; only linear layers can be quantized: remove the pattern"
+        return (
+            f"layers[{pattern!r}] names an embedding that computes more than a lookup, or is part of a block: it stays "
+            "as it is; remove the pattern"
+        )
     # One representative of each family of layers: model.layers.*.mlp.down_proj
     families = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in architecture.all_layers})
     wanted = pattern.removeprefix("re:")

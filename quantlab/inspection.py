@@ -33,6 +33,8 @@ class InspectedLayer:
         shape: ``(out_features, in_features)``.
         bits: bits a weight, everything stored counted: codes, scales, zeros, table, low-rank factors.
         bytes: the same, in bytes.
+        scale_dtype: how scales are stored, as a recipe calls it; empty without a log.
+        compensation: the method that repaired what error was left; ``"none"`` without a log.
         quantizer: the method that chose the codes; None without a log, like all that follows.
         error: relative error, as in :class:`~quantlab.engine.report.LayerReport`.
         metric: what the error is of: the layer's "output", its "weight", or its "weighted" weight.
@@ -46,6 +48,8 @@ class InspectedLayer:
     shape: tuple[int, int]
     bits: float
     bytes: int
+    scale_dtype: str = ""
+    compensation: str = "none"
     quantizer: str | None = None
     error: float | None = None
     metric: str | None = None
@@ -247,6 +251,8 @@ def _layer(name: str, storage: Storage, header: Header, report: LayerReport | No
         shape=shape,
         bits=8 * stored / (shape[0] * shape[1]),
         bytes=stored,
+        scale_dtype=report.scale_dtype if report else "",
+        compensation=report.compensation if report else "none",
         quantizer=report.quantizer if report else None,
         error=report.error if report else None,
         metric=report.metric if report else None,

@@ -175,7 +175,7 @@ class Log(Lines):
     def layer(self, tracker: Tracker, report: LayerReport) -> None:  # noqa: ARG002
         """A layer is done."""
         self._line(
-            f"{report.layer}: {scheme_name(report.format, report.granularity)} {report.quantizer}, "
+            f"{report.layer}: {scheme_name(report)} {report.quantizer}, "
             f"{report.bits:.2f} bits, {report.metric} error {number(report.error)}, {report.tokens} tokens, "
             f"{report.seconds or 0:.1f} s"
         )
@@ -248,7 +248,7 @@ def _display(tracker: Tracker, width: int) -> RenderableType:
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True)
     for report in tracker.reports[-_RECENT:]:
-        scheme = scheme_name(report.format, report.granularity)
+        scheme = scheme_name(report)
         table.add_row(report.layer, scheme, number(report.error), f"{report.seconds or 0:.1f} s")
     now = tracker.next_layer() or tracker.block or "outside the blocks"
     table.add_row(now, "", "", "...", style="cyan")

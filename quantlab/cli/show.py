@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantlab.inspection import InspectedLayer, Inspection
 
 _WORST = 3
+_USUAL_SCALES = ("", "bfloat16", "float16", "float32")
 _LAYER_HEADERS = ("format", "shape", "bits", "error", "size")
 _METRICS = {
     "output": "of the layers' outputs",
@@ -48,9 +49,11 @@ def number(value: float) -> str:
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
-def scheme_name(format: str, granularity: int | str) -> str:
-    """A format and what shares a scale: ``int4/64``, ``int8/channel``."""
-    return f"{format}/{granularity}"
+def scheme_name(layer: LayerReport | InspectedLayer) -> str:
+    """A format, what shares a scale, and what is unusual: ``int4/64``, ``e2m1/32 e8m0``, ``int3/64 + qera-exact``."""
+    scales = "" if layer.scale_dtype in _USUAL_SCALES else f" {layer.scale_dtype}"
+    repair = "" if layer.compensation == "none" else f" + {layer.compensation}"
+    return f"{layer.format}/{layer.granularity}{scales}{repair}"
 
 
 def describe_calibration(calibration: Mapping[str, Any]) -> Iterator[str]:
@@ -225,14 +228,14 @@ def _totals(inspection: Inspection) -> Iterator[RenderableType]:
 
 def _layer_row(layer: InspectedLayer) -> tuple[str, ...]:
     error = "" if layer.error is None else number(layer.error)
-    name = scheme_name(layer.format, layer.granularity)
+    name = scheme_name(layer)
     return layer.layer, name, _shape(layer.shape), f"{layer.bits:.2f}", error, size(layer.bytes)
 
 
 def _folded_rows(layers: Iterable[InspectedLayer]) -> Iterator[tuple[str, ...]]:
     families: dict[tuple[str, str, tuple[int, int]], list[InspectedLayer]] = {}
     for layer in layers:
-        scheme = scheme_name(layer.format, layer.granularity)
+        scheme = scheme_name(layer)
         families.setdefault((_family(layer.layer), scheme, layer.shape), []).append(layer)
     for (name, scheme, _), members in families.items():
         errors = [layer.error for layer in members if layer.error is not None]

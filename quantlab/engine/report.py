@@ -18,6 +18,7 @@ class LayerReport:
         compensation: the method that repaired what error was left, or ``"none"``.
         format: its grid.
         granularity: what shares a scale.
+        scale_dtype: how scales are stored.
         shape: ``(out_features, in_features)``.
         bits: bits a weight, everything stored counted.
         bytes: bytes stored.
@@ -42,6 +43,7 @@ class LayerReport:
     tokens: int
     notes: tuple[str, ...] = ()
     compensation: str = "none"
+    scale_dtype: str = ""
     seconds: float | None = None
 
     def record(self) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +142,12 @@ class Comparison:
         return tuple(layer.layer for layer in self.variants[0].layers)
 
     def front(self) -> tuple[VariantComparison, ...]:
-        """The variants that no other beats: every other one with no more bits has a larger error."""
+        """The variants that no other beats: every other one with no more bits has a larger error.
+
+        Bits count to two places: a table that is shorter by a value is no merit.
+        """
         best, front = float("inf"), []
-        for compared in sorted(self.variants, key=lambda compared: (compared.bits, compared.error)):
+        for compared in sorted(self.variants, key=lambda compared: (round(compared.bits, 2), compared.error)):
             if compared.error < best:
                 best = compared.error
                 front.append(compared)
@@ -314,13 +319,10 @@ def _notes(recipe: Recipe, needed: Statistic) -> tuple[str, ...]:
 
 def _spread(errors: Sequence[tuple[float, int]]) -> Spread:
     """Mean and median of errors, each counted by its weights."""
-    total = sum(weights for _, weights in errors)
-    reached = 0
-    for median, weights in sorted(errors):
-        reached += weights
-        if 2 * reached >= total:
-            break
-    return Spread(sum(error * weights for error, weights in errors) / total, median)
+    ranked = sorted(errors)
+    reached = list(accumulate(weights for _, weights in ranked))
+    median = ranked[bisect_left(reached, reached[-1] / 2)][0]
+    return Spread(sum(error * weights for error, weights in ranked) / reached[-1], median)
 
 
 def _model_name(model: str | Path | PreTrainedModel) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ class Observing:
     """What stands where a rounding method would while inputs are only observed: it wants what all plans want."""
 
     wanted: Statistic
-    name = "observing"
+    name: ClassVar[str] = "observing"
 
     def needs(self, scheme: Scheme) -> Statistic:  # noqa: ARG002
         """What is kept."""
@@ -155,8 +156,8 @@ class Survey:
                 self.refused[index] = str(error)
                 continue
             for answer in answers:
-                error = _weight_error(weights[answer.report.layer].float(), answer.qtensor.dequantize())
-                self._measured.append(Measured(index, answer.report, error))
+                weight_error = _weight_error(weights[answer.report.layer].float(), answer.qtensor.dequantize())
+                self._measured.append(Measured(index, answer.report, weight_error))
                 self.progress.layer(answer.report)
 
     def _load(self, place: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,8 @@ def _choices(comparison: Comparison, plot: Path | None) -> Table:
     for label, (reason, names) in zip(repeated("skipped"), reasons.items(), strict=False):
         table.add_row(label, f"{', '.join(names)}: {reason}")
     # A layer has the same note under many variants.
-    layers = {
-        (layer.layer, note_kind(note)): layer for v in comparison.variants for layer in v.layers for note in layer.notes
-    }
+    noted = [(layer, note) for entry in comparison.variants for layer in entry.layers for note in layer.notes]
+    layers = {(layer.layer, note_kind(note)): replace(layer, notes=(note,)) for layer, note in noted}
     for label, note in zip(repeated("notes"), [*comparison.notes, *notes_of(layers.values())], strict=False):
         table.add_row(label, note)
     table.add_row("time", clock(comparison.seconds))

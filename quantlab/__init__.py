@@ -14,6 +14,7 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from quantlab.checkpoint.load import load
+    from quantlab.comparison import Comparison, compare
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
 
 __all__ = [
+    "Comparison",
     "Evaluation",
     "Inspection",
     "QuantlabError",
     "Recipe",
     "Result",
     "Scheme",
+    "compare",
     "evaluate",
     "inspect",
     "load",
@@ -36,12 +39,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "comparison",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "QuantlabError": "errors",
     "Recipe": "recipe",
     "Result": "engine.quantize",
     "Scheme": "recipe",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "load": "checkpoint.load",

@@ -179,7 +179,7 @@ class Recipe:
         scheme = self.default
         for pattern, changes in self.layers.items():
             if matches(pattern, layer):
-                scheme = _changed(scheme, changes, f"layers[{pattern!r}]")
+                scheme = changed(scheme, changes, f"layers[{pattern!r}]")
         return scheme
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,14 +225,14 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{key}: expected a mapping, not {value!r}")
     _known(calibration, {f.name for f in fields(Calibration)}, "calibration")
-    default = _changed(Scheme(), {k: v for k, v in data.items() if k in scheme_keys}, "the recipe")
+    default = changed(Scheme(), {k: v for k, v in data.items() if k in scheme_keys}, "the recipe")
     for pattern, changes in layers.items():
         if not isinstance(pattern, str):
             raise RecipeError(f"layers[{pattern!r}]: a pattern is text; put it in quotes")
         if not isinstance(changes, Mapping):
             raise RecipeError(f"layers[{pattern!r}]: expected a mapping such as {{format: int8}}, not {changes!r}")
         matches(pattern, "")
-        _changed(default, changes, f"layers[{pattern!r}]")
+        changed(default, changes, f"layers[{pattern!r}]")
     return Recipe(
         name=name,
         description=description.strip(),
@@ -269,7 +269,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     if isinstance(source, Recipe):
         recipe = from_dict(source.to_dict())
     else:
-        recipe = from_dict(source if isinstance(source, Mapping) else _parse(*_read(str(source))))
+        recipe = from_dict(source if isinstance(source, Mapping) else parse_yaml(*_read(str(source))))
     settings = [_setting(override) for override in overrides]
     data = recipe.to_dict()
     for method, options in _OPTIONS.items():
@@ -284,7 +284,7 @@ def ready_recipes() -> dict[str, Recipe]:
     """The recipes that ship with quantlab, by name."""
     files = sorted(resources.files("quantlab_recipes").iterdir(), key=lambda file: file.name)
     return {
-        file.name.removesuffix(".yaml"): from_dict(_parse(file.name, file.read_text(encoding="utf-8")))
+        file.name.removesuffix(".yaml"): from_dict(parse_yaml(file.name, file.read_text(encoding="utf-8")))
         for file in files
         if file.name.endswith(".yaml")
     }
@@ -305,7 +305,8 @@ def _read(source: str) -> tuple[str, str]:
     )
 
 
-def _parse(where: str, text: str) -> Any:
+def parse_yaml(where: str, text: str) -> Any:
+    """A YAML document or value; ``where`` it stands, for the message of a RecipeError."""
     try:
         return yaml.load(text, Loader=_Loader)
     # PyYAML lets what Python says of an impossible date or number through.
@@ -317,7 +318,7 @@ def _setting(override: str) -> tuple[list[str], Any]:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override!r}: expected key=value, for example --set format=int3")
-    return key.strip().split("."), _parse(f"--set {override}", value)
+    return key.strip().split("."), parse_yaml(f"--set {override}", value)
 
 
 def _assigned(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
@@ -330,7 +331,12 @@ def _assigned(data: Mapping[str, Any], path: list[str], value: Any) -> dict[str,
     return {**data, key: value}
 
 
-def _changed(scheme: Scheme, changes: Mapping[str, Any], where: str) -> Scheme:
+def changed(scheme: Scheme, changes: Mapping[str, Any], where: str) -> Scheme:
+    """``scheme`` with some fields changed; a method's options are added to those that it has, or begin anew with it.
+
+    Raises:
+        RecipeError: says ``where``, the key, the value and what is allowed.
+    """
     _known(changes, {f.name for f in fields(Scheme)}, where)
     values = dict(changes)
     for method, key in _OPTIONS.items():

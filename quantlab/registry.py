@@ -37,19 +37,26 @@ class Registry(Generic[_Method]):
         """The registered methods."""
         return sorted(self._classes)
 
+    def options(self, name: str) -> list[str]:
+        """The options of the method called ``name``, in the order of definition.
+
+        Raises:
+            RecipeError: no such method.
+        """
+        if name not in self._classes:
+            raise RecipeError(f"{self.axis} {name!r} is unknown; use one of {', '.join(self.names())}")
+        return [field.name for field in dataclasses.fields(self._classes[name])]
+
     def make(self, name: str, options: Mapping[str, Any]) -> _Method:
         """The method called ``name`` with these options.
 
         Raises:
             RecipeError: no such method, an option that it does not have, or a value that it refuses.
         """
-        if name not in self._classes:
-            raise RecipeError(f"{self.axis} {name!r} is unknown; use one of {', '.join(self.names())}")
-        cls = self._classes[name]
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = self.options(name)
         for option in options:
             if option not in known:
                 has = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise RecipeError(f"{self.axis} {name!r} has no option {option!r}; {has}")
-        made: _Method = cls(**options)
+        made: _Method = self._classes[name](**options)
         return made

@@ -182,6 +182,12 @@ def test_quantize_for_a_person(call, place):
         (["inspect", "model"], "is not quantized"),
         (["inspect", "absent"], "absent: does not exist"),
         (["inspect", "model", "--set", "sort=size"], "use one of order, name, error, bits, bytes"),
+        (["compare", "model"], "Missing option '--grid'"),
+        (["compare", "model", "--grid", "format=int4"], "unknown axis 'format'; axes are formats, groups"),
+        (["compare", "model", "--grid", "formats=int4 groups=48"], "not divisible by group size 48"),
+        (["compare", "model", "--grid", "formats=int4", "--layers", "*.down"], "matches no linear layer"),
+        (["compare", "model", "--grid", "formats=int4", "--all", "--blocks", "1"], "give one of them"),
+        (["compare", "model", "--grid", "formats=int4", "--plot", "new.svg"], "a name that ends in .html"),
         (["recipes", "w5"], "ready are: "),
         (["recipe"], "No such command"),
     ],
@@ -298,6 +304,44 @@ def test_a_pipe_that_nobody_reads_is_no_error(quantized, place):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_compare_says_one_document_and_its_progress_elsewhere(place):
+    grid = "formats=int4,int3 quantizers=rtn,gptq groups=32,channel,48"
+    arguments = ["--calibration", "text.txt", *QUICK, "--blocks", "1", "--plot", "plot.html", "--json"]
+    done = run_process("compare", "model", "--grid", grid, *arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [entry["variant"] for entry in document["variants"]][:3] == [
+        "int4/32 rtn",
+        "int4/channel rtn",
+        "int4/32 gptq",
+    ]
+    assert len(document["variants"]) == 8
+    assert {entry["scheme"]["granularity"] for entry in document["skipped"]} == {48}
+    assert all(len(entry["layers"]) == 7 for entry in document["variants"])
+    assert "7 layers in 2 blocks, each quantized in 8 ways" in done.stderr
+    assert "Traceback" not in done.stderr
+    page = (place / "plot.html").read_text()
+    assert "channel gptq" in page
+    assert not re.search("<(script|link)[^>]*http", page), "it needs no network"
+
+
+def test_compare_for_a_person(call):
+    code, out, _ = call("compare", "model", "--grid", "formats=int4,int3 search=absmax,mse", "--layers", "*.o_proj")
+    assert code == 0
+    lines = out.splitlines()
+    rows = [re.split(r" {2,}", line.removeprefix("*").strip()) for line in lines if " rtn " in line]
+    assert [row[0] for row in rows] == [
+        "int3/64 rtn mse",
+        "int3/64 rtn absmax",
+        "int4/64 rtn mse",
+        "int4/64 rtn absmax",
+    ]
+    assert [line.startswith("*") for line in lines if " rtn " in line] == [True, False, True, False]
+    assert "2 layers that match *.o_proj" in out
+    assert "--outputs" in out, "no method needed inputs"
+    assert "output error" not in out
+
+
 def test_recipes(call):
     code, out, _ = call("recipes")
     assert code == 0
@@ -322,12 +366,12 @@ def test_version(call):
 def test_help_shows_examples_that_work(call, quantized, place):
     """The demo model stands for any: here the tiny one takes its place."""
     shown = []
-    for command in ([], ["quantize"], ["eval"], ["inspect"], ["recipes"]):
+    for command in ([], ["quantize"], ["eval"], ["inspect"], ["compare"], ["recipes"]):
         code, out, _ = call(*command, "--help")
         assert code == 0
         lines = out.partition("Example")[2].splitlines()
         shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 9
+    assert len(shown) == 11
     (place / "demo-w4").symlink_to(place / "w4")
     for number, line in enumerate(shown):
         words = shlex.split(line.partition(">")[0])[1:]

@@ -27,7 +27,7 @@ MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.n
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
-API = {"quantlab.inspection", "quantlab.evaluation", "quantlab.sweep"}
+API = {f"quantlab.{part}" for part in ("inspection", "evaluation", "variants", "comparison", "sweep")}
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
     "quantlab_evals": set(),
@@ -46,6 +46,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.allocation": ENGINE | {"quantlab.engine"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,
+    "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},
+    "quantlab.comparison": TOP | {"quantlab.variants"},
     "quantlab.sweep": TOP | {"quantlab.evaluation"},
     "quantlab.cli": TOP | API | {"quantlab"},
     "quantlab": TOP | API,  # its __init__, the public names

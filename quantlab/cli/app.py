@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, quiet_libraries, say_error
+from quantlab.cli.compare import EXAMPLES, compare
+from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
+from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
 
 app = typer.Typer(
     add_completion=False,
@@ -17,11 +19,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")]
-_MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
 
 
 @app.callback(invoke_without_command=True, epilog="Example:\n\n  quantlab quantize demo --recipe w4-rtn --out demo-w4")
@@ -44,7 +41,7 @@ def root(
     "Interrupted, the same command goes on where it stopped."
 )
 def quantize(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist yet.")],
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="A ready recipe (see `quantlab recipes`) or a YAML file.")
@@ -81,7 +78,7 @@ def quantize(
 
         with Watch(f"{model} → {out}, {recipe}", writers(stderr_console(), quiet=quiet, log=log)) as watch:
             output.on_interrupt = watch.interrupted
-            _prepare(threads, quiet=quiet)
+            prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import quantize as run
 
             result = run(model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite)
@@ -109,7 +106,7 @@ def quantize(
     "  quantlab eval demo-w4 --text builtin:eval --set windows=2 --set length=256",
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help=_MODEL + " Quantized or not.")],
+    model: Annotated[str, typer.Argument(help=MODEL + " Quantized or not.")],
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The original, to measure KL divergence and agreement. Both are loaded."),
@@ -144,7 +141,7 @@ def evaluate(
         chosen: dict[str, Any] = {"text": text, "windows": windows, "length": length}
         chosen |= _settings(settings, ("text", "windows", "length", "bos", "batch_size"))
         with window_progress(stderr_console(), model, quiet=quiet) as progress:
-            _prepare(threads, quiet=quiet)
+            prepare(threads, quiet=quiet)
             from quantlab.evaluation import evaluate as run
 
             evaluation = run(model, against=against, progress=progress, **chosen)
@@ -189,7 +186,7 @@ def inspect_(
             raise QuantlabError(f"sort {sort!r}: use one of {', '.join(keys)}")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise QuantlabError(f"limit {limit!r}: use a whole number, at least 1")
-        _prepare(None, quiet=True)
+        prepare(None, quiet=True)
         from quantlab.inspection import inspect
 
         inspection = inspect(folder)
@@ -199,6 +196,9 @@ def inspect_(
         shown = {layer.layer: record for layer, record in zip(inspection.layers, document["layers"], strict=True)}
         document["layers"] = [shown[layer.layer] for layer in layers]
         output.answer(document, *show.inspected(inspection, layers, fold=bool(chosen["fold"]), hidden=hidden))
+
+
+app.command(epilog=EXAMPLES)(compare)
 
 
 @app.command(epilog="Examples:\n\n  quantlab recipes\n  quantlab recipes w4-gptq --set format=int3 > my-recipe.yaml")
@@ -255,15 +255,6 @@ def main(arguments: list[str] | None = None) -> None:
         say_error(message, "UsageError", json=as_json)
         code = BAD_INPUT
     sys.exit(code)
-
-
-def _prepare(threads: int | None, *, quiet: bool) -> None:
-    """Set up the libraries, which takes seconds the first time."""
-    quiet_libraries(progress_bars=not quiet and sys.stderr.isatty())
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:

@@ -333,7 +333,8 @@ def _opening(tracker: Tracker) -> Iterator[str]:
     """What is about to be done."""
     start = tracker.start
     assert start is not None
-    yield f"{tracker.what}: {len(start.plan)} layers in {tracker.total} blocks"
+    ways = f", each quantized in {start.variants} ways" if start.variants > 1 else ""
+    yield f"{tracker.what}: {len(start.plan)} layers in {tracker.total} blocks{ways}"
     for line in describe_calibration(start.calibration):
         yield f"calibration: {line}"
     if resumed := len([block for block in start.resumed if block]):
@@ -347,7 +348,8 @@ def _block_line(tracker: Tracker, block: str) -> str:
         worst = max(reports, key=lambda report: report.error)
         mean = sum(report.error for report in reports) / len(reports)
         name = worst.layer.removeprefix(block + ".")
-        parts.append(f"{len(reports)} layers, error mean {number(mean)}, worst {number(worst.error)} ({name})")
+        layers = len({report.layer for report in reports})
+        parts.append(f"{layers} layers, error mean {number(mean)}, worst {number(worst.error)} ({name})")
     left = tracker.remaining()
     times = [f"{tracker.seconds(block):.1f} s", f"{clock(tracker.elapsed)} elapsed"]
     times += [f"about {clock(left)} left"] if left is not None and tracker.done < tracker.total else []

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from quantlab.comparison import LayerComparison
     from quantlab.engine.quantize import Result
     from quantlab.engine.report import LayerReport
     from quantlab.evaluation import Evaluation
@@ -69,7 +70,7 @@ def describe_calibration(calibration: Mapping[str, Any]) -> Iterator[str]:
 def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[RenderableType]:
     """A finished run: its figures, its worst layers, and what to do next."""
     reports = result.reports
-    table = _pairs()
+    table = pairs()
     table.add_row(
         "bits a weight",
         f"{result.bits:.2f} in the {len(reports)} quantized layers, scales and tables counted",
@@ -89,7 +90,7 @@ def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[Rende
         table.add_row(label, f"{number(report.error)}  {report.layer}")
     for line in describe_calibration(result.calibration):
         table.add_row("calibration", line)
-    for label, line in zip(_repeated("notes"), _notes(reports), strict=False):
+    for label, line in zip(repeated("notes"), notes_of(reports), strict=False):
         table.add_row(label, line)
     resumed = f"; {result.resumed_blocks} blocks came from an interrupted run" if result.resumed_blocks else ""
     table.add_row("time", f"{clock(result.seconds)}, at most {size(peak_memory)} of memory{resumed}")
@@ -121,7 +122,7 @@ def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
     yield table
     yield Text("")
     settings = measured.settings
-    choices = _pairs()
+    choices = pairs()
     choices.add_row("text", f"{evaluation.text} ({evaluation.origin})")
     choices.add_row(
         "windows",
@@ -131,7 +132,7 @@ def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
     left = f"{settings['beyond_limit']:,} not asked for, {settings['dropped_tail']:,} too few for a window"
     choices.add_row("tokens", f"{settings['stream_tokens']:,} in the text, {left}")
     choices.add_row("documents", f"{settings['documents']:,}, joined by {settings['joiner']!r}")
-    for label, note in zip(_repeated("notes"), evaluation.notes, strict=False):
+    for label, note in zip(repeated("notes"), evaluation.notes, strict=False):
         choices.add_row(label, note)
     weights = size(evaluation.bytes)
     if evaluation.original_bytes is not None:
@@ -195,7 +196,7 @@ def recipe_table(recipes: Mapping[str, str]) -> Iterator[RenderableType]:
 
 
 def _totals(inspection: Inspection) -> Iterator[RenderableType]:
-    table = _pairs()
+    table = pairs()
     table.add_row("model", f"{inspection.architecture}, {inspection.weights:,} weights")
     run = inspection.run
     if inspection.recipe:
@@ -218,7 +219,7 @@ def _totals(inspection: Inspection) -> Iterator[RenderableType]:
         table.add_row("error", f"{number(mean)} on average, {worst}")
     for line in describe_calibration(run.get("calibration") or {}):
         table.add_row("calibration", line)
-    for label, line in zip(_repeated("notes"), _notes(inspection.layers), strict=False):
+    for label, line in zip(repeated("notes"), notes_of(inspection.layers), strict=False):
         table.add_row(label, line)
     if run:
         versions = [f"{name} {run[name]}" for name in ("quantlab", "torch", "transformers") if name in run]
@@ -257,7 +258,7 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _notes(layers: Iterable[LayerReport | InspectedLayer]) -> list[str]:
+def notes_of(layers: Iterable[LayerReport | InspectedLayer | LayerComparison]) -> list[str]:
     """Each note once, without regard to numbers in it, with the number of layers and the first of them."""
     found: dict[str, tuple[str, list[str]]] = {}
     for layer in layers:
@@ -269,14 +270,16 @@ def _notes(layers: Iterable[LayerReport | InspectedLayer]) -> list[str]:
     ]
 
 
-def _pairs() -> Table:
+def pairs() -> Table:
+    """A table of labels and what belongs to them."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
 
-def _repeated(label: str) -> Iterator[str]:
+def repeated(label: str) -> Iterator[str]:
+    """A label for the first of many lines, and nothing for the others."""
     yield label
     while True:
         yield ""

@@ -35,7 +35,8 @@ class Tracker:
         """Work begins."""
         self.start = start
         for layer in start.plan.values():
-            self._weights[layer.block] = self._weights.get(layer.block, 0) + layer.shape[0] * layer.shape[1]
+            weights = layer.shape[0] * layer.shape[1] * start.variants
+            self._weights[layer.block] = self._weights.get(layer.block, 0) + weights
 
     def enter(self, block: str) -> str | None:
         """The next block begins; the block that is thereby done, if it was done in this run."""

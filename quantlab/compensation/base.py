@@ -38,4 +38,5 @@ class Compensation(Protocol):
 COMPENSATIONS: Registry[Compensation] = Registry("compensation")
 register = COMPENSATIONS.register
 make_compensation = COMPENSATIONS.make
+compensation_options = COMPENSATIONS.options
 compensation_names = COMPENSATIONS.names

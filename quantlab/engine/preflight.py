@@ -33,7 +33,7 @@ def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[s
     """
     for pattern in recipe.layers:
         if not any(matches(pattern, name) for name in architecture.quantizable):
-            raise RecipeError(_unmatched(pattern, architecture, model))
+            raise RecipeError(unmatched(pattern, architecture, model))
     planned: dict[str, PlannedLayer] = {}
     blocks = {name: block for block, names in architecture.layers.items() for name in names}
     for name in architecture.quantizable:
@@ -65,7 +65,7 @@ def _check_tied(planned: Iterable[str], architecture: Architecture, model: nn.Mo
 
 
 def _check_groups(layers: Iterable[PlannedLayer]) -> None:
-    bad = [layer for layer in layers if _undivided(layer)]
+    bad = [layer for layer in layers if undivided(layer)]
     if not bad:
         return
     layer = bad[0]
@@ -80,12 +80,14 @@ def _check_groups(layers: Iterable[PlannedLayer]) -> None:
     )
 
 
-def _undivided(layer: PlannedLayer) -> bool:
+def undivided(layer: PlannedLayer) -> bool:
+    """Whether the layer's inputs cannot be cut into groups of the size that its scheme wants."""
     granularity = layer.scheme.granularity
     return isinstance(granularity, int) and layer.shape[1] % granularity != 0
 
 
-def _unmatched(pattern: str, architecture: Architecture, model: nn.Module) -> str:
+def unmatched(pattern: str, architecture: Architecture, model: nn.Module) -> str:
+    """What to say of a pattern that matches no layer: the nearest names."""
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     if any(matches(pattern, name) for name in embeddings):
         return (
@@ -119,18 +121,23 @@ def check_resources(
     Raises:
         PreflightError: says what is needed, what is there, and what takes less.
     """
-    needed, available = peak_memory(plan, architecture, model, tokens), psutil.virtual_memory().available
-    if needed > available:
-        raise PreflightError(
-            f"the run needs about {needed / _GIB:.1f} GiB of memory and {available / _GIB:.1f} GiB are free; use fewer "
-            "calibration tokens, for example --set calibration.samples=16, or close other programs"
-        )
+    check_memory(plan, architecture, model, tokens)
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     needed, free = result_size(plan, model), shutil.disk_usage(existing).free
     if needed > free:
         raise PreflightError(
             f"{out}: the result takes about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on that disk; "
             "free some space or choose another --out"
+        )
+
+
+def check_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int) -> None:
+    """Refuse a run that memory cannot hold; see :func:`check_resources`."""
+    needed, available = peak_memory(plan, architecture, model, tokens), psutil.virtual_memory().available
+    if needed > available:
+        raise PreflightError(
+            f"the run needs about {needed / _GIB:.1f} GiB of memory and {available / _GIB:.1f} GiB are free; use fewer "
+            "calibration tokens, for example --set calibration.samples=16, or close other programs"
         )
 
 

@@ -21,6 +21,7 @@ class Start:
         plan: the layers that will be quantized.
         calibration: how the calibration data came about; empty if none is needed.
         resumed: blocks that an earlier, interrupted run finished.
+        variants: how many times each layer is quantized, one way after the other.
     """
 
     recipe: Recipe
@@ -28,6 +29,7 @@ class Start:
     plan: dict[str, PlannedLayer]
     calibration: dict[str, Any]
     resumed: tuple[str, ...]
+    variants: int = 1
 
 
 class Progress(Protocol):

@@ -26,4 +26,5 @@ class Quantizer(Protocol):
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer")
 register = QUANTIZERS.register
 make_quantizer = QUANTIZERS.make
+quantizer_options = QUANTIZERS.options
 quantizer_names = QUANTIZERS.names

@@ -1,0 +1,24 @@
+"""What several commands have in common: options, and what comes before the work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from quantlab.cli.output import quiet_libraries
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")]
+MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
+
+
+def prepare(threads: int | None, *, quiet: bool) -> None:
+    """Set up the libraries, which takes seconds the first time."""
+    quiet_libraries(progress_bars=not quiet and sys.stderr.isatty())
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

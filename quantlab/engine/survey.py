@@ -1,0 +1,246 @@
+"""One pass over the original model that tries many schemes on each layer and keeps none of the results.
+
+    for block in model.blocks:                 # one block in memory at a time
+        load(block)
+        for group in block's chosen layers:    # statistics of a shared input are taken once,
+            for plan in plans:                 # and every plan is solved with them
+                measure(solve(group, plan))
+        unload(block)                          # the weights were never replaced
+
+So every layer is measured with the inputs that it has in the original model, whatever is tried on the layers before it.
+Blocks behind the last chosen layer are not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from quantlab.checkpoint.source import ModelSource
+from quantlab.engine.architecture import Architecture, features, get_weight
+from quantlab.engine.memory import return_freed_memory
+from quantlab.engine.observe import Calibration
+from quantlab.engine.preflight import undivided, unmatched
+from quantlab.engine.progress import Progress, Silent
+from quantlab.engine.report import LayerReport
+from quantlab.engine.solve import PlannedLayer, plan_layer, solve
+from quantlab.errors import PreflightError, RecipeError
+from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
+from quantlab.quantizers import Quantizer
+from quantlab.recipe import Scheme, matches
+
+# The name of what is in no block: embeddings, the last norm, the head.
+OUTSIDE = ""
+
+Plan = dict[str, PlannedLayer]
+"""What to do with each layer, by name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A layer under one plan.
+
+    Attributes:
+        plan: the index of the plan.
+        report: what was done, and the error in the best metric that is known.
+        weight_error: ``|W - Q|^2 / |W|^2``.
+    """
+
+    plan: int
+    report: LayerReport
+    weight_error: float
+
+
+@dataclass(frozen=True)
+class Observing:
+    """What stands where a rounding method would while inputs are only observed: it wants what all plans want."""
+
+    wanted: Statistic
+    name: ClassVar[str] = "observing"
+
+    def needs(self, scheme: Scheme) -> Statistic:  # noqa: ARG002
+        """What is kept."""
+        return self.wanted
+
+    def quantize(self, problem: LayerProblem, scheme: Scheme) -> Solution:
+        """Never called: the plans' own methods solve."""
+        raise NotImplementedError
+
+
+@dataclass
+class Survey:
+    """One model being tried.
+
+    Attributes:
+        source: where weights come from.
+        model: its skeleton on the meta device; weights come and go with the blocks.
+        architecture: the model's parts.
+        plans: ways to quantize, each with the same layers by name.
+        batches: calibration token ids, each ``[sequences, length]``; empty if no input is to be seen.
+        progress: told of each block, and of each layer once for every plan.
+        refused: plans, by index, whose method refused a layer when it saw it, and the reason.
+    """
+
+    source: ModelSource
+    model: nn.Module
+    architecture: Architecture
+    plans: list[Plan]
+    batches: list[torch.Tensor]
+    progress: Progress = field(default_factory=Silent)
+    refused: dict[int, str] = field(default_factory=dict, init=False)
+    _measured: list[Measured] = field(default_factory=list, init=False)
+
+    @torch.no_grad()
+    def execute(self) -> list[Measured]:
+        """Measure every layer under every plan, in the order in which the model runs.
+
+        A plan that is refused on the way ends up in ``refused``; what was measured of it is dropped.
+
+        Raises:
+            CheckpointError: weights cannot be read, or weights or inputs are not finite.
+        """
+        places = list(dict.fromkeys(layer.block for layer in self.plans[0].values()))
+        if self.batches:
+            places = self._observe(places)
+        for place in places:  # without inputs, or no token reaches them: a vision tower
+            self._load(place)
+            for layer in self._chosen(place):
+                self._try([layer], InputStatistics(tokens=0) if self.batches else None)
+            self._unload(place)
+        return [found for found in self._measured if found.plan not in self.refused]
+
+    def _observe(self, places: list[str]) -> list[str]:
+        """Walk the batches through the model; returns the places that they did not come to."""
+        remaining = {place for place in places if place != OUTSIDE}
+        waiting = {layer.name: layer for layer in self._chosen(OUTSIDE)}
+        self._load(OUTSIDE)
+        with Calibration(self.model, None, self.architecture, self.batches, list(waiting)) as calibration:
+            while (remaining or waiting) and (at := calibration.standing_before()) is not None:
+                if at in waiting:
+                    layers = [waiting.pop(at)]
+                else:
+                    self._load(at)
+                    layers = self._chosen(at) if at in remaining else []  # some models run a block several times
+                    remaining.discard(at)
+                if layers:
+                    for group, statistics in calibration.observe(layers, last=not (remaining or waiting)):
+                        self._try(group, statistics)
+                else:
+                    calibration.pass_through()
+                if at in self.architecture.layers:
+                    self._unload(at)
+        for layer in waiting.values():
+            self._try([layer], InputStatistics(tokens=0))
+        return [place for place in places if place in remaining]
+
+    def _chosen(self, place: str) -> list[PlannedLayer]:
+        """The chosen layers of a block, each asking for all that any plan asks for."""
+        observing: Quantizer = Observing(wanted(self.plans) | Statistic.SECOND_MOMENT)
+        layers = [layer for layer in self.plans[0].values() if layer.block == place]
+        return [replace(layer, quantizer=observing, compensation=None) for layer in layers]
+
+    def _try(self, group: list[PlannedLayer], statistics: InputStatistics | None) -> None:
+        """Solve a group of layers that share an input, under every plan."""
+        weights = {layer.name: get_weight(self.model.get_submodule(layer.name)) for layer in group}
+        for index, plan in enumerate(self.plans):
+            if index in self.refused:
+                continue
+            return_freed_memory()
+            try:
+                answers = solve([plan[layer.name] for layer in group], weights, statistics)
+            except RecipeError as error:
+                self.refused[index] = str(error)
+                continue
+            for answer in answers:
+                weight_error = _weight_error(weights[answer.report.layer].float(), answer.qtensor.dequantize())
+                self._measured.append(Measured(index, answer.report, weight_error))
+                self.progress.layer(answer.report)
+
+    def _load(self, place: str) -> None:
+        self.progress.block(place)
+        self.source.load(self.model, lambda name: self._belongs(name, place))
+
+    def _unload(self, place: str) -> None:
+        self.source.unload(self.model, lambda name: self._belongs(name, place))
+        return_freed_memory()
+
+    def _belongs(self, name: str, place: str) -> bool:
+        return (self.architecture.block_of(name) or OUTSIDE) == place
+
+
+def choose_layers(
+    patterns: Sequence[str] | None, blocks: int | None, architecture: Architecture, model: nn.Module
+) -> tuple[list[str], str]:
+    """Which layers are looked at.
+
+    Args:
+        patterns: of layers, as in recipes; None: the linear layers of some blocks.
+        blocks: how many, spread evenly over the model; None: all.
+        architecture: the model's parts.
+        model: its skeleton.
+
+    Returns:
+        Their names, in the order of definition, and how they were chosen, in words.
+
+    Raises:
+        RecipeError: a pattern that matches no layer.
+        PreflightError: a number of blocks that cannot be.
+    """
+    if patterns is not None:
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in architecture.all_layers):
+                raise RecipeError(unmatched(pattern, architecture, model))
+        if not patterns:
+            raise RecipeError("layers is empty: name a pattern, such as *.mlp.down_proj, or leave it out")
+        names = [name for name in architecture.all_layers if any(matches(pattern, name) for pattern in patterns)]
+        return names, f"{len(names)} layers that match {', '.join(patterns)}"
+    if blocks is not None and (type(blocks) is not int or blocks < 1):
+        raise PreflightError(f"blocks {blocks!r}: use a whole number, at least 1, or None for all")
+    total = len(architecture.blocks)
+    count = total if blocks is None else min(blocks, total)
+    # The middle of each of `count` equal parts: the first and the last block are often unlike all others.
+    chosen = [architecture.blocks[(2 * index + 1) * total // (2 * count)] for index in range(count)]
+    names = [name for block in chosen for name in architecture.layers[block]]
+    if count == total:
+        return names, f"all {len(names)} linear layers of all {total} blocks"
+    return names, f"all {len(names)} linear layers of {count} of {total} blocks, evenly spread: {', '.join(chosen)}"
+
+
+def plan_each(
+    schemes: Sequence[Scheme], names: Sequence[str], architecture: Architecture, model: nn.Module
+) -> tuple[dict[int, Plan], dict[int, str]]:
+    """For each scheme, by index, what to do with each layer; or, of those that cannot be carried out, why."""
+    block_of = {name: block for block, layers in architecture.layers.items() for name in layers}
+    shapes = {name: features(model.get_submodule(name)) for name in names}
+    plans: dict[int, Plan] = {}
+    refused: dict[int, str] = {}
+    for index, scheme in enumerate(schemes):
+        try:
+            plan = {name: plan_layer(name, block_of.get(name, OUTSIDE), shapes[name], scheme) for name in names}
+        except RecipeError as error:
+            refused[index] = str(error)
+            continue
+        if bad := [layer for layer in plan.values() if undivided(layer)]:
+            width = bad[0].shape[1]
+            refused[index] = f"{bad[0].name}: in_features {width} is not divisible by group size {scheme.granularity}"
+        else:
+            plans[index] = plan
+    return plans, refused
+
+
+def wanted(plans: Iterable[Plan]) -> Statistic:
+    """What any of the plans wants to be kept of any layer's inputs."""
+    found = Statistic.NONE
+    for plan in plans:
+        for layer in plan.values():
+            found |= layer.needs
+    return found
+
+
+def _weight_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:
+    energy = weight.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((weight - quantized).square_().sum() / energy)

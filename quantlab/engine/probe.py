@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from quantlab.checkpoint.placement import all_tensors, assign
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import Architecture
-from quantlab.engine.forward import Forward
+from quantlab.engine.forward import model_inputs
+from quantlab.errors import PreflightError
 
 _TOKENS = 16
 _VOCABULARY = 64
@@ -87,12 +88,19 @@ def probe(source: ModelSource, architecture: Architecture) -> PreTrainedModel:
             shared[key] = _random(shape, generator)
         assign([(module, leaf, name)], shared[key])
     source.load(model, lambda name: name in buffers)
+    for module, leaf, name, tensor in list(all_tensors(model)):
+        if (
+            name in buffers
+            and architecture.block_of(name) is None
+            and tensor.shape[-1:] in {(v,) for v in vocabularies}
+        ):
+            module._buffers[leaf] = tensor[..., :_VOCABULARY]  # of the logits
     return model
 
 
 def tokens(model: PreTrainedModel) -> torch.Tensor:
     """A few token ids, int64 ``[1, tokens]``, that a probe has embeddings for."""
-    rows = len(model.get_input_embeddings().weight)
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
     generator = torch.Generator().manual_seed(1)
     return torch.randint(min(3, rows - 1), rows, (1, _TOKENS), generator=generator)
 
@@ -106,7 +114,14 @@ def trace(model: nn.Module, architecture: Architecture, batch: torch.Tensor) -> 
     """
     found = Trace()
     with _listening(model, set(architecture.blocks), found):
-        Forward(model, batch, ()).advance()
+        try:
+            model(**model_inputs(model, batch))
+        except Exception as error:  # whatever the model's code raises
+            reason = " ".join(str(error).split())
+            raise PreflightError(
+                f"{type(model).__name__} cannot be tried out on a few tokens ({type(error).__name__}: {reason}), and "
+                "without that nothing is known of its residual stream; use a recipe without transforms"
+            ) from error
     return found
 
 
@@ -119,7 +134,7 @@ def without_expert(name: str, architecture: Architecture) -> str:
 
 
 def matrix(module: nn.Module) -> torch.Tensor | None:
-    """The weight of a module that multiplies by one, as ``[..., out, in]``; also of a router, or experts in one piece."""
+    """The weight of a module that multiplies by one, as ``[..., out, in]``; of a router or fused experts too."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim < 2 or isinstance(module, nn.Embedding):
         return None

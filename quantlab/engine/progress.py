@@ -21,6 +21,7 @@ class Start:
         plan: the layers that will be quantized.
         calibration: how the calibration data came about; empty if none is needed.
         resumed: blocks that an earlier, interrupted run finished.
+        notes: what a person should know of the model as a whole.
     """
 
     recipe: Recipe
@@ -28,6 +29,7 @@ class Start:
     plan: dict[str, PlannedLayer]
     calibration: dict[str, Any]
     resumed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Progress(Protocol):

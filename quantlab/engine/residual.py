@@ -110,9 +110,7 @@ def find_stream(model: nn.Module, architecture: Architecture, seen: Trace) -> Re
     )
 
 
-def find_value_heads(
-    model: nn.Module, architecture: Architecture, seen: Trace, head_width: int
-) -> tuple[ValueHeads, ...]:
+def find_value_heads(architecture: Architecture, seen: Trace, head_width: int) -> tuple[ValueHeads, ...]:
     """Pairs of layers with nothing between them but attention's sums over tokens.
 
     The first token of a causal model attends to itself alone: what goes into the output layer is, in each head, a
@@ -154,7 +152,7 @@ def _norm_kind(module: nn.Module, call: Call) -> tuple[bool, float] | None:
 
 def _is_made_of(x: torch.Tensor, value: torch.Tensor, head_width: int) -> bool:
     """Whether each head of ``x`` is a positive multiple of the head of ``value`` that its group shares."""
-    if x.numel() % head_width or value.numel() % head_width or x.numel() % value.numel():
+    if not head_width or x.numel() % head_width or value.numel() % head_width or x.numel() % value.numel():
         return False
     heads, values = x.view(-1, head_width).double(), value.view(-1, head_width).double()
     values = values.repeat_interleave(len(heads) // len(values), 0)

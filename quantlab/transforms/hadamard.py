@@ -1,7 +1,7 @@
 """Rotations that fold into the weights: QuaRot (arXiv:2404.00456), by the names of SpinQuant (arXiv:2405.16406).
 
-R1 rotates the residual stream. Every row vector ``x`` of it becomes ``x R1``: what writes to it has its outputs rotated,
-what reads it has its inputs rotated, and the two rotations cancel,
+R1 rotates the residual stream. Every row vector ``x`` of it becomes ``x R1``: what writes to it has its outputs
+rotated, what reads it has its inputs rotated, and the two rotations cancel,
 
     embedding  E -> E R1          writer  W -> R1^T W, b -> b R1          reader  W -> W diag(g) R1.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from quantlab.checkpoint.placement import assign, selected
 from quantlab.checkpoint.source import ModelSource
@@ -15,7 +16,7 @@ from quantlab.engine.probe import Trace, probe, tokens, trace
 from quantlab.engine.residual import ResidualStream, ValueHeads, find_stream, find_value_heads
 from quantlab.engine.rotated import RotatedSource, Turn, bias_over_gain, owner, read_tensors
 from quantlab.errors import PreflightError
-from quantlab.numerics.orthogonal import rotation
+from quantlab.numerics.orthogonal import Rotation, rotation
 from quantlab.transforms import Hadamard
 
 # Of the norm of what is compared, in float32. A layer that is left out of a rotation makes errors of a tenth and more.
@@ -25,8 +26,10 @@ _LARGEST_BIAS = 64.0
 _REMEDY = "remove the transform, or rotate the heads alone: --set transforms.hadamard.residual=false"
 
 
-def rotate(source: ModelSource, architecture: Architecture, hadamard: Hadamard) -> RotatedSource:
-    """The source's model, rotated.
+def rotate(
+    source: ModelSource, architecture: Architecture, hadamard: Hadamard
+) -> tuple[RotatedSource, tuple[str, ...]]:
+    """The source's model, rotated, and what a person should know of it.
 
     What reads and writes is found with a probe, and rotating the probe is the proof: its streams must come out rotated
     and its output unchanged.
@@ -37,6 +40,7 @@ def rotate(source: ModelSource, architecture: Architecture, hadamard: Hadamard) 
     model = probe(source, architecture)
     batch = tokens(model)
     before = trace(model, architecture, batch)
+    original = source.skeleton()
     turns: dict[str, Turn] = {}
     notes: tuple[str, ...] = ()
     if hadamard.residual:
@@ -45,7 +49,7 @@ def rotate(source: ModelSource, architecture: Architecture, hadamard: Hadamard) 
         r1 = rotation(stream.width, hadamard.seed, keep_ones=any(norm.centred for norm in stream.norms))
         _turn_probe(model, _stream_turns(stream, r1, _gains(stream, dict(model.named_parameters()))))
         _check_rotated(architecture, stream, r1, before, trace(model, architecture, batch))
-        turns = _stream_turns(stream, r1, _checked_gains(source, stream))
+        turns = _stream_turns(stream, r1, _checked_gains(source, original, stream))
     if hadamard.value_heads:
         on_heads = _head_turns(find_value_heads(architecture, before, _head_width(source)), hadamard.seed)
         _turn_probe(model, on_heads)
@@ -64,10 +68,10 @@ def rotate(source: ModelSource, architecture: Architecture, hadamard: Hadamard) 
             f"{type(model).__name__}: transform 'hadamard' with residual: false finds nothing to rotate: no layer of "
             "its own makes the values of its heads; remove the transform"
         )
-    return RotatedSource(source, turns, _untied(source, turns), notes)
+    return RotatedSource(source, turns, _untied(original, turns)), notes
 
 
-def _stream_turns(stream: ResidualStream, r1: torch.Tensor, gains: Mapping[str, torch.Tensor]) -> dict[str, Turn]:
+def _stream_turns(stream: ResidualStream, r1: Rotation, gains: Mapping[str, torch.Tensor]) -> dict[str, Turn]:
     """R1 folded into everything that touches the stream."""
     turns = {name: Turn(inputs=r1) for name in stream.embeddings}
     turns |= {name: Turn(outputs=r1) for name in stream.writers}
@@ -81,7 +85,7 @@ def _stream_turns(stream: ResidualStream, r1: torch.Tensor, gains: Mapping[str, 
 def _head_turns(heads: Iterable[ValueHeads], seed: int) -> dict[str, Turn]:
     """R2 folded into the layers on both sides of each attention."""
     turns: dict[str, Turn] = {}
-    rotations: dict[int, torch.Tensor] = {}
+    rotations: dict[int, Rotation] = {}
     for pair in heads:
         r2 = rotations.setdefault(pair.width, rotation(pair.width, seed))
         turns |= {pair.values: Turn(outputs=r2), pair.output: Turn(inputs=r2)}
@@ -89,22 +93,28 @@ def _head_turns(heads: Iterable[ValueHeads], seed: int) -> dict[str, Turn]:
 
 
 def _gains(stream: ResidualStream, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gains of each norm, float64; one tensor for norms that share a weight."""
     gains: dict[str, torch.Tensor] = {}
+    ones = torch.ones(stream.width, dtype=torch.float64)
+    of_weight: dict[int, torch.Tensor] = {}
     for norm in stream.norms:
         weight = parameters.get(f"{norm.name}.weight")
-        gains[norm.name] = torch.ones(stream.width).double() if weight is None else weight.double() + norm.offset
+        if weight is None:
+            gains[norm.name] = ones
+        else:
+            gains[norm.name] = of_weight.setdefault(weight.data_ptr(), weight.double() + norm.offset)
     return gains
 
 
-def _checked_gains(source: ModelSource, stream: ResidualStream) -> dict[str, torch.Tensor]:
+def _checked_gains(source: ModelSource, original: nn.Module, stream: ResidualStream) -> dict[str, torch.Tensor]:
     """The gains of the model itself; its norms' biases are looked at, too.
 
     Raises:
         PreflightError: a bias that cannot be kept behind a gain of one.
     """
-    model = source.skeleton()
+    parameters = {name for name, _ in original.named_parameters()}
     names = [f"{norm.name}.{leaf}" for norm in stream.norms for leaf in ("weight", "bias")]
-    tensors = read_tensors(source, model, [name for name in names if name in dict(model.named_parameters())])
+    tensors = read_tensors(source, original, [name for name in names if name in parameters])
     gains = _gains(stream, tensors)
     for norm in stream.norms:
         bias = tensors.get(f"{norm.name}.bias")
@@ -127,8 +137,8 @@ def _turn_probe(model: nn.Module, turns: dict[str, Turn]) -> None:
             tensor = module._parameters.get(leaf)
             if tensor is None:
                 continue
-            key = (id(tensor), id(turn.inputs), id(turn.outputs), id(turn.gain))
-            if key not in done:  # with what it was made of, so that no other tensor gets its id
+            key = (tensor.data_ptr(), id(turn.inputs), id(turn.outputs), id(turn.gain))
+            if key not in done:  # with what it was made of, so that no other tensor gets its place
                 done[key] = (tensor, turn.of(module, leaf, tensor.data))
             assign([(module, leaf, name)], done[key][1])
 
@@ -144,13 +154,13 @@ def _check_reached(architecture: Architecture, seen: Trace) -> None:
 
 
 def _check_rotated(
-    architecture: Architecture, stream: ResidualStream, r1: torch.Tensor, before: Trace, after: Trace
+    architecture: Architecture, stream: ResidualStream, r1: Rotation, before: Trace, after: Trace
 ) -> None:
     """Raise unless every block of the rotated probe got its rotated input, and the output is the same."""
     at_end = True
     behind = ""  # the block whose output is compared next; none yet
     for (block, x), (_, y) in zip(before.entries, after.entries, strict=True):
-        at_end = x.shape[1] == stream.width and _same((x.double() @ r1).float(), y)
+        at_end = x.shape[1] == stream.width and _same(r1.apply(x.double()).float(), y)
         if not at_end:
             break
         behind = block
@@ -186,18 +196,17 @@ def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
     return x.shape == y.shape and bool((x - y).norm() <= _TOLERANCE * x.norm())
 
 
-def _untied(source: ModelSource, turns: dict[str, Turn]) -> tuple[str, ...]:
+def _untied(original: PreTrainedModel, turns: dict[str, Turn]) -> tuple[str, ...]:
     """Tied weights that are no longer equal once they are rotated, but for those that the others are tied to.
 
     Raises:
         PreflightError: other weights are tied too, and config.json has one word for all.
     """
-    model = source.skeleton()
     apart: list[str] = []
     together: list[str] = []
-    for _, places in selected(model):
+    for _, places in selected(original):
         # What is tied to another comes behind it.
-        first, *names = sorted((name for _, _, name in places), key=lambda name: name in model.all_tied_weights_keys)
+        first, *names = sorted((name for _, _, name in places), key=lambda name: name in original.all_tied_weights_keys)
         for name in names:
             (together if _alike(turns, first, name) else apart).append(name)
     if apart and together:

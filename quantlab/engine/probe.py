@@ -24,7 +24,7 @@ from quantlab.engine.forward import model_inputs
 from quantlab.errors import PreflightError
 
 _TOKENS = 16
-_VOCABULARY = 64
+_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,17 +69,17 @@ def probe(source: ModelSource, architecture: Architecture) -> PreTrainedModel:
     model = source.skeleton()
     model.float()  # and the dtypes that some modules keep for themselves
     generator = torch.Generator().manual_seed(0)
-    vocabularies = {m.num_embeddings for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    vocabulary = _vocabulary(model)
     shared: dict[tuple[Any, ...], torch.Tensor] = {}
-    buffers = set()
     for module, leaf, name, tensor in list(all_tensors(model)):
+        block, shape = architecture.block_of(name), tuple(tensor.shape)
         if leaf in module._buffers:
-            buffers.add(name)
+            source.load(model, lambda n, name=name: n == name)  # type: ignore[misc]
+            if block is None and shape[-1:] == (vocabulary,):  # of the logits
+                module._buffers[leaf] = module._buffers[leaf][..., :_ROWS]  # type: ignore[index]
             continue
-        block = architecture.block_of(name)
-        shape = tuple(tensor.shape)
-        if block is None and shape[0] in vocabularies:
-            shape = (min(shape[0], _VOCABULARY), *shape[1:])
+        if block is None and shape[:1] == (vocabulary,):
+            shape = (_ROWS, *shape[1:])
         key: tuple[Any, ...] = (name,)
         if block is not None:
             inner = without_expert(name, architecture).removeprefix(block)
@@ -87,14 +87,6 @@ def probe(source: ModelSource, architecture: Architecture) -> PreTrainedModel:
         if key not in shared:
             shared[key] = _random(shape, generator)
         assign([(module, leaf, name)], shared[key])
-    source.load(model, lambda name: name in buffers)
-    for module, leaf, name, tensor in list(all_tensors(model)):
-        if (
-            name in buffers
-            and architecture.block_of(name) is None
-            and tensor.shape[-1:] in {(v,) for v in vocabularies}
-        ):
-            module._buffers[leaf] = tensor[..., :_VOCABULARY]  # of the logits
     return model
 
 
@@ -139,6 +131,12 @@ def matrix(module: nn.Module) -> torch.Tensor | None:
     if weight is None or weight.ndim < 2 or isinstance(module, nn.Embedding):
         return None
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many rows an embedding has that can do with fewer; 0 if there is none."""
+    rows, width = model.get_input_embeddings().get_parameter("weight").shape
+    return rows if rows > max(_ROWS, width) else 0
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -100,17 +100,16 @@ def quantize(
     chosen = load_recipe(recipe, overrides)
     transforms = [make_transform(name, options) for name, options in chosen.transforms.items()]
     _check_out(out, overwrite)
-    source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    source: ModelSource = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
     skeleton = source.skeleton()
     original_bytes = parameter_bytes(skeleton)
     architecture = describe(skeleton)
-    notes: list[str] = []
+    plan = preflight.plan(chosen, architecture, skeleton)
+    notes: tuple[str, ...] = ()
     for transform in transforms:
         if isinstance(transform, Hadamard):
-            source = rotate(source, architecture, transform)
+            source, notes = rotate(source, architecture, transform)
             skeleton = source.skeleton()
-            notes += source.notes
-    plan = preflight.plan(chosen, architecture, skeleton)
     data = None
     if any(layer.needs for layer in plan.values()):
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
@@ -123,7 +122,7 @@ def quantize(
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
     described = data.description if data else {}
-    progress.start(Start(chosen, architecture, plan, described, journal.resumed, tuple(notes)))
+    progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes))
     batches = data.batches() if data else []
     try:
         Run(source, skeleton, architecture, plan, batches, journal, progress).execute()

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from quantlab.checkpoint.placement import assign, selected
 from quantlab.checkpoint.skeleton import untie
 from quantlab.checkpoint.source import ModelSource, Select
-from quantlab.transforms.hadamard import rotate_vectors, rotate_weight
+from quantlab.numerics.orthogonal import Rotation
+from quantlab.transforms.hadamard import rotate_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +26,14 @@ class Turn:
     """What happens to one module's tensors.
 
     Attributes:
-        inputs: the rotation of its inputs, or of an embedding's rows; float64.
+        inputs: the rotation of its inputs, or of an embedding's rows.
         outputs: the rotation of its outputs.
         gain: of the norm that it reads, or its own; float64.
         neutral: for a norm, the weight that stands for a gain of one; None for anything else.
     """
 
-    inputs: torch.Tensor | None = None
-    outputs: torch.Tensor | None = None
+    inputs: Rotation | None = None
+    outputs: Rotation | None = None
     gain: torch.Tensor | None = None
     neutral: float | None = None
 
@@ -43,7 +44,7 @@ class Turn:
                 return torch.full_like(tensor, self.neutral)
             assert self.gain is not None
             assert self.inputs is not None
-            return rotate_vectors(bias_over_gain(tensor, self.gain), self.inputs).to(tensor.dtype)
+            return self.inputs.apply(bias_over_gain(tensor, self.gain)).to(tensor.dtype)
         if leaf == "weight":
             turned = isinstance(module, Conv1D)
             weight = rotate_weight(
@@ -51,7 +52,7 @@ class Turn:
             )
             return (weight.T if turned else weight).contiguous()
         if leaf == "bias" and self.outputs is not None:
-            return rotate_vectors(tensor.double(), self.outputs).to(tensor.dtype)
+            return self.outputs.apply(tensor.double()).to(tensor.dtype)
         return tensor
 
 
@@ -62,14 +63,10 @@ class RotatedSource(ModelSource):
         source: the original.
         turns: what happens to which module.
         untied: names of weights that are tied in the original and no longer.
-        notes: what a person should know.
     """
 
-    def __init__(
-        self, source: ModelSource, turns: dict[str, Turn], untied: tuple[str, ...], notes: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, source: ModelSource, turns: dict[str, Turn], untied: tuple[str, ...]) -> None:
         self.source, self.folder, self.dtype = source, source.folder, source.dtype
-        self.notes = notes
         self._turns, self._untied = turns, untied
         self._original = source.skeleton()  # stays empty: where an untied weight is loaded by its original's ties
         self.config = copy.deepcopy(source.config)

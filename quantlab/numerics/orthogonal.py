@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 
@@ -14,14 +17,56 @@ def hadamard(order: int) -> torch.Tensor | None:
     Returns:
         float64 ``[order, order]``, or None where none is known here (92, and whatever 4 does not divide).
     """
-    for twos in range((order & -order).bit_length()):  # doubled as few times as can be
-        core = _core(order >> twos)
-        if core is not None:
-            return torch.kron(_sylvester(1 << twos), core)
-    return None
+    known = _known(order)
+    return None if known is None else torch.kron(_sylvester(known[0]), known[1])
 
 
-def rotation(width: int, seed: int, *, keep_ones: bool = False) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal matrix ``Q`` of random signs ``D`` and a Kronecker product ``M = A x B``: quickly applied.
+
+    Attributes:
+        signs: the diagonal of ``D``, float64 ``[width]``.
+        left: ``A``, float64.
+        right: ``B``, float64.
+        two_sided: ``Q = M D M^T``; otherwise ``Q = D M``.
+    """
+
+    signs: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    two_sided: bool
+
+    @property
+    def width(self) -> int:
+        """Of the vectors that it rotates."""
+        return len(self.signs)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """``Q``, float64 ``[width, width]``."""
+        return self.apply(torch.eye(self.width, dtype=torch.float64))
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x Q`` along the last dimension, part by part where that is several times as wide as the rotation.
+
+        Args:
+            x: float64 ``[..., n * width]``.
+        """
+        rows = x.reshape(-1, self.width)
+        if self.two_sided:
+            rows = self._product(rows, self.left, self.right)
+        rows = rows * self.signs
+        if self.two_sided:
+            return self._product(rows, self.left.T, self.right.T).reshape(x.shape)
+        return self._product(rows, self.left, self.right).reshape(x.shape)
+
+    @staticmethod
+    def _product(rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left.T @ (rows.view(-1, len(left), len(right)) @ right)).flatten(1)
+
+
+def rotation(width: int, seed: int, *, keep_ones: bool = False) -> Rotation:
     """A randomized Hadamard matrix over ``sqrt(width)``, the same for the same seed; orthogonal for every width.
 
     Where the width has no known Hadamard matrix it is the Kronecker product of the largest power of two and a random
@@ -32,25 +77,18 @@ def rotation(width: int, seed: int, *, keep_ones: bool = False) -> torch.Tensor:
         seed: of the signs, and of the random part.
         keep_ones: map the vector of all ones to itself, so that the mean of a vector is kept too, and a LayerNorm
             commutes with the rotation as an RMSNorm does. The entries then are not all of one size.
-
-    Returns:
-        ``Q``, float64 ``[width, width]``; a row vector ``x`` is rotated as ``x @ Q``.
     """
     generator = torch.Generator().manual_seed(seed)
-    base = _base(width, generator)
+    # M's first column is constant: M takes the first unit vector to the ones, and its transpose takes it back.
+    twos, core = _known(width) or (width & -width, None)
+    if core is None:
+        core = _random_orthogonal(width // twos, generator)
+    outer = min(twos, 1 << round(math.log2(width) / 2))  # both factors about as large
+    left, right = _sylvester(outer), torch.kron(_sylvester(twos // outer), core)
     signs = torch.randint(0, 2, (width,), generator=generator, dtype=torch.float64) * 2 - 1
-    if not keep_ones:
-        return signs[:, None] * base
-    signs[0] = 1  # the base takes its first unit vector to the ones, and its transpose takes it back
-    return (base * signs) @ base.T
-
-
-def _base(width: int, generator: torch.Generator) -> torch.Tensor:
-    """An orthogonal matrix whose first column is constant."""
-    if (known := hadamard(width)) is not None:
-        return known / width**0.5
-    twos = width & -width
-    return torch.kron(_sylvester(twos) / twos**0.5, _random_orthogonal(width // twos, generator))
+    if keep_ones:
+        signs[0] = 1
+    return Rotation(signs, left / outer**0.5, right / right[:, 0].norm(), keep_ones)
 
 
 def _random_orthogonal(width: int, generator: torch.Generator) -> torch.Tensor:
@@ -61,6 +99,15 @@ def _random_orthogonal(width: int, generator: torch.Generator) -> torch.Tensor:
     axis = torch.full((width,), -(width**-0.5), dtype=torch.float64)
     axis[0] += 1
     return inner - 2 * torch.outer(axis, axis @ inner) / (axis @ axis)
+
+
+def _known(order: int) -> tuple[int, torch.Tensor] | None:
+    """A power of two and a matrix to be doubled so often, as seldom as can be."""
+    for twos in range((order & -order).bit_length()):
+        core = _core(order >> twos)
+        if core is not None:
+            return 1 << twos, core
+    return None
 
 
 def _sylvester(order: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 
 from quantlab.errors import RecipeError
+from quantlab.numerics.orthogonal import Rotation
 from quantlab.transforms.base import register
 
 # Rows that are rotated at a time: an embedding in float64 would be several times the size of a block.
@@ -57,42 +58,27 @@ class Hadamard:
             )
 
 
-def rotate_vectors(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """``x R`` along the last dimension; one that is as wide as several heads is rotated head by head.
-
-    Args:
-        x: float64 ``[..., n * width]``: an embedding, a bias, a matrix as ``[out, in]`` whose inputs are rotated.
-        rotation: float64 ``[width, width]``.
-    """
-    return (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
-
-
-def rotate_outputs(weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """``R^T W`` for a weight ``[..., out, in]`` in float64; head by head like :func:`rotate_vectors`."""
-    return rotate_vectors(weight.mT, rotation).mT
-
-
 def rotate_weight(
     weight: torch.Tensor,
     *,
     gain: torch.Tensor | None = None,
-    inputs: torch.Tensor | None = None,
-    outputs: torch.Tensor | None = None,
+    inputs: Rotation | None = None,
+    outputs: Rotation | None = None,
 ) -> torch.Tensor:
     """``R_out^T W diag(g) R_in``, in float64, rounded once.
 
     Args:
         weight: ``[..., out, in]`` in any floating point dtype; what is returned has the same.
         gain: float64 ``[in]``, of the norm before the layer.
-        inputs: the rotation of the inputs, or of each head of them.
+        inputs: the rotation of the inputs, or of each head of them; of the rows of an embedding.
         outputs: the rotation of the outputs, or of each head of them.
     """
     if outputs is not None:
-        turned = weight.double()
-        turned = rotate_outputs(turned if gain is None else turned * gain, outputs)
-        return (turned if inputs is None else rotate_vectors(turned, inputs)).to(weight.dtype)
+        turned = weight.double() if gain is None else weight.double() * gain
+        turned = outputs.apply(turned.mT).mT  # (W^T R)^T
+        return (turned if inputs is None else inputs.apply(turned)).to(weight.dtype)
     parts = []
     for rows in weight.split(_ROWS, dim=-2):
         part = rows.double() if gain is None else rows.double() * gain
-        parts.append((part if inputs is None else rotate_vectors(part, inputs)).to(weight.dtype))
+        parts.append((part if inputs is None else inputs.apply(part)).to(weight.dtype))
     return torch.cat(parts, dim=-2)

@@ -30,7 +30,7 @@ def test_orders_without_a_known_matrix_say_so(order):
 @settings(deadline=None, max_examples=60)
 @given(width=st.integers(1, 400), seed=st.integers(0, 2**31), keep_ones=st.booleans())
 def test_rotations_are_orthogonal_for_every_width(width, seed, keep_ones):
-    q = rotation(width, seed, keep_ones=keep_ones)
+    q = rotation(width, seed, keep_ones=keep_ones).matrix
     assert q.dtype == torch.float64
     torch.testing.assert_close(q @ q.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -38,17 +38,31 @@ def test_rotations_are_orthogonal_for_every_width(width, seed, keep_ones):
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 36, 64, 86, 172, 768])
 def test_the_ones_are_kept_where_they_must_be_and_only_there(width):
     ones = torch.ones(width, dtype=torch.float64)
-    kept = rotation(width, 3, keep_ones=True)
+    kept = rotation(width, 3, keep_ones=True).matrix
     torch.testing.assert_close(ones @ kept, ones, rtol=0, atol=1e-12)
     torch.testing.assert_close(kept @ ones, ones, rtol=0, atol=1e-12)
     if width > 2:
-        assert float((ones @ rotation(width, 3) - ones).abs().max()) > 0.1
+        assert float((rotation(width, 3).apply(ones) - ones).abs().max()) > 0.1
         assert float((kept - torch.eye(width, dtype=torch.float64)).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("keep_ones", [False, True])
+def test_wider_tensors_are_rotated_part_by_part(keep_ones):
+    turn = rotation(24, 0, keep_ones=keep_ones)
+    x = torch.randn(3, 5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([x[..., :24] @ turn.matrix, x[..., 24:] @ turn.matrix], -1)
+    torch.testing.assert_close(turn.apply(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [24, 64, 576])
+def test_without_the_ones_every_entry_has_the_same_size(width):
+    entries = rotation(width, 0).matrix.abs()
+    torch.testing.assert_close(entries, torch.full_like(entries, width**-0.5), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep_ones", [False, True])
 def test_a_seed_says_which(keep_ones):
-    first, again, other = (rotation(86, seed, keep_ones=keep_ones) for seed in (0, 0, 1))
+    first, again, other = (rotation(86, seed, keep_ones=keep_ones).matrix for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
@@ -58,5 +72,5 @@ def test_a_seed_says_which(keep_ones):
 def test_an_outlier_is_spread_over_all_channels(width, keep_ones):
     outlier = torch.zeros(width, dtype=torch.float64)
     outlier[5] = 1
-    spread = outlier @ rotation(width, 0, keep_ones=keep_ones)
+    spread = rotation(width, 0, keep_ones=keep_ones).apply(outlier)
     assert float(spread.abs().max()) < (5 if keep_ones else 1.0001) * width**-0.5

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from quantlab.checkpoint.placement import assign, selected
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import Architecture
-from quantlab.engine.probe import Trace, probe, tokens, trace
+from quantlab.engine.probe import Trace, matrix, probe, tokens, trace, without_expert
 from quantlab.engine.residual import ResidualStream, ValueHeads, find_stream, find_value_heads
 from quantlab.engine.rotated import RotatedSource, Turn, bias_over_gain, owner, read_tensors
 from quantlab.errors import PreflightError
@@ -44,7 +44,7 @@ def rotate(
     turns: dict[str, Turn] = {}
     notes: tuple[str, ...] = ()
     if hadamard.residual:
-        _check_reached(architecture, before)
+        _check_reached(model, architecture, before)
         stream = find_stream(model, architecture, before)
         r1 = rotation(stream.width, hadamard.seed, keep_ones=any(norm.centred for norm in stream.norms))
         _turn_probe(model, _stream_turns(stream, r1, _gains(stream, dict(model.named_parameters()))))
@@ -143,13 +143,21 @@ def _turn_probe(model: nn.Module, turns: dict[str, Turn]) -> None:
             assign([(module, leaf, name)], done[key][1])
 
 
-def _check_reached(architecture: Architecture, seen: Trace) -> None:
+def _check_reached(model: nn.Module, architecture: Architecture, seen: Trace) -> None:
+    """Raise if something that may touch the stream did not run: nothing is known of it, and nothing proves it right."""
     reached = {name for name, _ in seen.entries}
-    unreached = [block for block in architecture.blocks if block not in reached]
-    if unreached:
+    idle = [block for block in architecture.blocks if block not in reached]
+    if not idle:
+        width = seen.entries[0][1].shape[1]
+        called = {without_expert(call.name, architecture) for call in seen.calls}
+        for name, module in model.named_modules():
+            weight = matrix(module)
+            if weight is not None and width in weight.shape[-2:] and without_expert(name, architecture) not in called:
+                idle.append(name)
+    if idle:
         raise PreflightError(
-            f"{unreached[0]}: transform 'hadamard' cannot rotate the residual stream of a model with blocks that text "
-            f"does not reach: what they hand to the others would have to be rotated too; {_REMEDY}"
+            f"{idle[0]}: transform 'hadamard' cannot rotate the residual stream of a model with parts that text alone "
+            f"does not reach: what they read from it or write to it would have to be rotated too; {_REMEDY}"
         )
 
 

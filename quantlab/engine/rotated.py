@@ -77,8 +77,6 @@ class RotatedSource(ModelSource):
         """See :meth:`ModelSource.skeleton`; a head that was tied to an embedding is not."""
         model = self.source.skeleton()
         untie(model, self._untied)
-        if self._untied:
-            model.config.tie_word_embeddings = False
         return model
 
     def load(self, model: nn.Module, select: Select = "") -> None:

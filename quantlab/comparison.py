@@ -285,7 +285,9 @@ def _start(recipe: Recipe, architecture: Architecture, plan: Plan, data: Calibra
     if data is not None:
         last = len(architecture.blocks) if OUTSIDE in places else 1 + architecture.blocks.index(blocks[-1])
         blocks = architecture.blocks[:last]
-    return Start(recipe, replace(architecture, blocks=blocks), plan, data.description if data else {}, (), ways)
+    return Start(
+        recipe, replace(architecture, blocks=blocks), plan, data.description if data else {}, (), variants=ways
+    )
 
 
 def _layers(names: Sequence[str], measured: Iterable[Measured]) -> tuple[LayerComparison, ...]:

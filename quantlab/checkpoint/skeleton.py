@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quantlab.checkpoint.placement import all_tensors
@@ -81,6 +82,15 @@ def fill_non_persistent_buffers(model: PreTrainedModel) -> None:
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
     model.initialize_weights()
+
+
+def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give these tied weights of an empty model tensors of their own."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        own = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, own)
+        model.all_tied_weights_keys.pop(name, None)
 
 
 def may_be_absent(model: PreTrainedModel, name: str) -> bool:

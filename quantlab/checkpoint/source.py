@@ -26,6 +26,7 @@ from quantlab.checkpoint.skeleton import (
     may_be_absent,
     model_class,
     read_config,
+    untie,
 )
 from quantlab.checkpoint.weights import WeightFiles, WeightPlan
 from quantlab.errors import CheckpointError
@@ -128,7 +129,7 @@ class FolderSource(ModelSource):
             CheckpointError: weights are missing from the files or do not fit the config.
         """
         model = empty_model(self._class, self.config, self.dtype)
-        _untie(model, self._plan.untied)
+        untie(model, self._plan.untied)
         fill_non_persistent_buffers(model)
         unfuse_experts(model)
         return model.requires_grad_(False).eval()
@@ -248,13 +249,6 @@ def _origin(name: str, tensors: dict[str, torch.Tensor], model: nn.Module) -> _O
                 transposed = bool(model.get_submodule(experts).is_transposed) and parts[-1] == "weight"
                 return _Origin(f"{experts}.{leaf}", expert, transposed)
     return _Origin(name)
-
-
-def _untie(model: PreTrainedModel, names: list[str]) -> None:
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(torch.empty_like(model.get_parameter(name))))
-        model.all_tied_weights_keys.pop(name)
 
 
 def _refuse_missing(plan: WeightPlan) -> None:

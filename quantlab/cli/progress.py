@@ -80,6 +80,8 @@ class Watch:
         self.tracker.begin(start)
         for writer in self._writers:
             writer.started(self.tracker)
+            for note in start.notes:
+                writer.warn(note)
 
     def block(self, name: str) -> None:
         """A block begins, and the one before it is done."""

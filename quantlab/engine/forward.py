@@ -45,7 +45,7 @@ class Forward(greenlet):
         self.log: list[tuple[str, torch.Tensor, int]] | None = None
 
     def _forward(self) -> None:
-        self.model(**_inputs(self.model, self.batch))
+        self.model(**model_inputs(self.model, self.batch))
 
     def advance(self) -> None:
         """Run to the next stop, or to the end.
@@ -118,7 +118,7 @@ def shared_inputs(log: Iterable[tuple[str, torch.Tensor, int]]) -> list[list[str
     return list(groups.values())
 
 
-def _inputs(model: nn.Module, batch: torch.Tensor) -> dict[str, Any]:
+def model_inputs(model: nn.Module, batch: torch.Tensor) -> dict[str, Any]:
     """The arguments of the model's forward: a decoder that has an encoder sees the same text as the encoder."""
     parameters = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": batch}

@@ -22,6 +22,7 @@ class Start:
         calibration: how the calibration data came about; empty if none is needed.
         resumed: blocks that an earlier, interrupted run finished.
         variants: how many times each layer is quantized, one way after the other.
+        notes: what a person should know of the model as a whole.
     """
 
     recipe: Recipe
@@ -30,6 +31,7 @@ class Start:
     calibration: dict[str, Any]
     resumed: tuple[str, ...]
     variants: int = 1
+    notes: tuple[str, ...] = ()
 
 
 class Progress(Protocol):

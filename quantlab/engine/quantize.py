@@ -21,12 +21,14 @@ from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, p
 from quantlab.engine import preflight
 from quantlab.engine.architecture import describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
+from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import OUTSIDE, Run
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
 from quantlab.errors import PreflightError
 from quantlab.recipe import Recipe, load_recipe
+from quantlab.transforms import Hadamard, make_transform
 
 RECIPE = "recipe.yaml"
 
@@ -96,11 +98,18 @@ def quantize(
     started = time.perf_counter()
     asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
+    transforms = [make_transform(name, options) for name, options in chosen.transforms.items()]
     _check_out(out, overwrite)
-    source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    source: ModelSource = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
     skeleton = source.skeleton()
+    original_bytes = parameter_bytes(skeleton)
     architecture = describe(skeleton)
     plan = preflight.plan(chosen, architecture, skeleton)
+    notes: tuple[str, ...] = ()
+    for transform in transforms:
+        if isinstance(transform, Hadamard):
+            source, notes = rotate(source, architecture, transform)
+            skeleton = source.skeleton()
     data = None
     if any(layer.needs for layer in plan.values()):
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
@@ -112,7 +121,8 @@ def quantize(
     if restart and (partial_folder(out) / LOG).is_file():
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
-    progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
+    described = data.description if data else {}
+    progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes=notes))
     batches = data.batches() if data else []
     try:
         Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
@@ -124,9 +134,9 @@ def quantize(
         folder=asked,
         recipe=chosen,
         reports=tuple(journal.reports),
-        calibration=data.description if data else {},
+        calibration=described,
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        original_bytes=parameter_bytes(skeleton),
+        original_bytes=original_bytes,
         seconds=time.perf_counter() - started,
         resumed_blocks=len(journal.resumed),
     )

@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.in
 # Up to this size the eigenvalue problem is solved exactly; beyond it by subspace iteration.
 _EXACT = 1024
 _OVERSAMPLING = 10
-_ITERATIONS = 4
+_ITERATIONS = 8
 # Directions that no input had cost next to nothing, not nothing: among them the weight's own error decides.
 _DAMPING = 1e-6
 # Eigenvalues, relative to the largest, below which a direction of the right factor is left as it is in the refit.

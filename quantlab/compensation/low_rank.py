@@ -14,15 +14,17 @@ LQER divides its a_i by ``sqrt(min a * max a)``; a common factor of M changes no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
-from quantlab.compensation.base import Rounding, register
+from quantlab.compensation.base import Outlook, Rounding, register
+from quantlab.compensation.budget import share_ranks
 from quantlab.compensation.factors import DTYPES, cost, damped, factors, leading
 from quantlab.errors import RecipeError
-from quantlab.numerics import LowRank
+from quantlab.numerics import LowRank, QTensor, apply_scales
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic, require
 from quantlab.recipe import Scheme
 
@@ -40,6 +42,9 @@ class LowRankRepair:
         preserve: one more round, whose C holds that many leading ranks of the weight itself, so that rounding need not
             (SRR, arXiv:2602.02001); ``auto`` chooses how many. Once Q is known the correction is fitted to all of
             ``W - Q``, which is never worse than to keep these ranks and fit the others.
+        budget: bits a weight that all layers with these options may spend on corrections together. Before the run they
+            are shared out by what each rank would take off the layer's relative error, looking at the weights alone;
+            ``rank`` is the most that a layer gets. None: every layer gets ``rank``.
     """
 
     rank: int = 16
@@ -47,6 +52,7 @@ class LowRankRepair:
     energy: float | None = None
     iterations: int = 1
     preserve: int | str = 0
+    budget: float | None = None
 
     name: ClassVar[str]
     statistic: ClassVar[Statistic] = Statistic.NONE
@@ -58,10 +64,13 @@ class LowRankRepair:
                 raise RecipeError(f"{self.name}: {option} {value!r}: use a whole number, at least {least}")
         if self.dtype not in DTYPES:
             raise RecipeError(f"{self.name}: dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.energy is not None and (not isinstance(self.energy, int | float) or not 0 < self.energy <= 1):
+        if self.energy is not None and (not _is_number(self.energy) or not 0 < self.energy <= 1):
             raise RecipeError(f"{self.name}: energy {self.energy!r}: use a fraction above 0 and at most 1")
         if self.preserve != "auto" and (type(self.preserve) is not int or not 0 <= self.preserve <= self.rank):
             raise RecipeError(f"{self.name}: preserve {self.preserve!r}: use auto, or 0 to the rank, {self.rank}")
+
+        if self.budget is not None and not (_is_number(self.budget) and self.budget > 0):
+            raise RecipeError(f"{self.name}: budget {self.budget!r}: use bits a weight, such as 0.1")
 
     def needs(self, scheme: Scheme) -> Statistic:  # noqa: ARG002 - every scheme can be repaired
         """What the metric is made of."""
@@ -97,6 +106,32 @@ class LowRankRepair:
         qtensor = replace(solution.qtensor, low_rank=best.correction)
         return Solution(qtensor, None, solution.notes + notes, None if target is problem.weight else target)
 
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether there is a budget to be shared."""
+        return self.budget is not None
+
+    def foresee(self, weight: torch.Tensor, scheme: Scheme) -> Outlook:
+        """The singular values of what rounding to nearest leaves, squared, relative to the weight's energy."""
+        grid = scheme.grid_for(weight, None)
+        scales = scheme.choose_scales(weight, grid, None)
+        error = weight - QTensor.of(apply_scales(weight, grid, scales), scales, grid).dequantize()
+        _, values = leading(error, None, min(self.rank, *weight.shape))
+        energy = max(cost(weight, None), torch.finfo(torch.float32).tiny)
+        return Outlook((weight.shape[0], weight.shape[1]), tuple((values / energy).tolist()))
+
+    def share(self, outlooks: Mapping[str, Outlook]) -> dict[str, dict[str, Any]]:
+        """Each layer's rank, in the place of the budget."""
+        assert self.budget is not None
+        bits = 8 * DTYPES[self.dtype].itemsize
+        ranks = share_ranks(outlooks, bits, 32 if self.dtype == "int8" else 0, self.budget)
+        own = {**asdict(self), "budget": None}
+        kept = {
+            rank: self.preserve if isinstance(self.preserve, str) else min(self.preserve, rank)
+            for rank in ranks.values()
+        }
+        return {name: {**own, "rank": rank, "preserve": kept[rank]} for name, rank in ranks.items()}
+
     def _repaired(
         self, solution: Solution, target: torch.Tensor, metric: torch.Tensor | None, objective: torch.Tensor | None
     ) -> _Repaired:
@@ -123,6 +158,10 @@ class LowRankRepair:
         vectors, values = leading(target, metric, rank)
         kept = _split(target, values, metric) if self.preserve == "auto" else min(int(self.preserve), rank)
         return ((vectors[:, :kept] @ vectors[:, :kept].T) @ target.double()).float() if kept else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, eq=False)

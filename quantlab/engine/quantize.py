@@ -19,6 +19,7 @@ from quantlab.checkpoint.native import quantization_config
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
+from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.journal import LOG, Journal, partial_folder
@@ -112,9 +113,10 @@ def quantize(
     if restart and (partial_folder(out) / LOG).is_file():
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
-    progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
     batches = data.batches() if data else []
     try:
+        plan = look_ahead(plan, source, skeleton, architecture)
+        progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
         Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
     except BaseException:
         journal.abandon()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
@@ -33,6 +34,7 @@ __all__ = [
     "load_recipe",
     "quantize",
     "ready_recipes",
+    "save_adapter",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "quantize": "engine.quantize",
     "ready_recipes": "recipe",
+    "save_adapter": "checkpoint.adapter",
 }
 
 

@@ -20,6 +20,7 @@ from quantlab.numerics import LowRank
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 # Up to this size the eigenvalue problem is solved exactly; beyond it by subspace iteration.
 _EXACT = 1024
+_PANEL = 1024
 _OVERSAMPLING = 10
 _ITERATIONS = 8
 # Directions that no input had cost next to nothing, not nothing: among them the weight's own error decides.
@@ -30,16 +31,20 @@ _NEGLIGIBLE = 1e-8
 
 def damped(metric: torch.Tensor) -> torch.Tensor:
     """A second moment ``[in, in]`` or its diagonal ``[in]`` with a little of its mean added to the diagonal."""
-    diagonal = metric if metric.ndim == 1 else metric.diagonal()
-    added = _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return metric + added if metric.ndim == 1 else metric + torch.diag(added.expand_as(diagonal))
+    damped = metric.clone()
+    diagonal = damped if metric.ndim == 1 else damped.diagonal()
+    diagonal += _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return damped
 
 
 def weighted(x: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
     """``x M`` for rows ``x [..., in]``."""
     if metric is None:
         return x
-    return x * metric.to(x.dtype) if metric.ndim == 1 else x @ metric.to(x.dtype)
+    if metric.ndim == 1:
+        return x * metric.to(x.dtype)
+    # In panels: a float64 copy of a large second moment would be the peak of the run's memory.
+    return torch.cat([x @ panel.to(x.dtype) for panel in metric.split(_PANEL, dim=1)], dim=1)
 
 
 def cost(error: torch.Tensor, metric: torch.Tensor | None) -> float:

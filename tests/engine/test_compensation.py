@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from test_resume import at, files, killed
 
 import quantlab
+from quantlab.engine.statistics import InputAccumulator
+from quantlab.problem import Statistic
 
 GPTQ_QERA = {"compensation": "qera-exact", "compensation_options": {"rank": 4}}
 INT8_LORC = {"quantizer": "rtn", "compensation": "lorc", "compensation_options": {"rank": 8, "dtype": "int8"}}
@@ -126,3 +128,15 @@ def test_layers_of_one_input_may_have_different_repairs(original, run):
     assert found["up_proj"] == "l2qer"
     assert found["down_proj"] == "bias"
     quantlab.load(result.folder)
+
+
+def test_means_and_magnitudes_of_the_inputs():
+    x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0)) + torch.linspace(-2, 2, 16)
+    x[1, :, 5] *= 9
+    accumulator = InputAccumulator(Statistic.MEAN | Statistic.MAGNITUDE, 16)
+    accumulator.add(x[:2])
+    accumulator.add(x[2:])
+    statistics = accumulator.finish()
+    torch.testing.assert_close(statistics.mean, x.mean((0, 1)))
+    torch.testing.assert_close(statistics.magnitude, x.abs().mean(1).amax(0))
+    assert (statistics.tokens, statistics.diagonal, statistics.second_moment) == (120, None, None)

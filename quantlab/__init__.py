@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
     from quantlab.comparison import Comparison, compare
     from quantlab.engine.quantize import Result, quantize
@@ -36,6 +37,7 @@ __all__ = [
     "load_recipe",
     "quantize",
     "ready_recipes",
+    "save_adapter",
 ]
 
 _HOMES = {
@@ -53,6 +55,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "quantize": "engine.quantize",
     "ready_recipes": "recipe",
+    "save_adapter": "checkpoint.adapter",
 }
 
 

@@ -104,7 +104,7 @@ class CheckpointWriter:
         shards = self._shards()
         headers = {shard: read_header(self.folder / shard)[0] for shard in shards}
         if shards != ["model.safetensors"]:
-            self._write_json(INDEX, _index(headers))
+            self.write_json(INDEX, _index(headers))
         if assets_from is not None:
             for pattern in _ASSETS:
                 for file in sorted(Path(assets_from).glob(pattern)):
@@ -113,7 +113,7 @@ class CheckpointWriter:
         described.pop("_name_or_path", None)
         if quantization_config is not None:
             described["quantization_config"] = dict(quantization_config)
-        self._write_json("config.json", described)
+        self.write_json("config.json", described)
 
     def _shards(self) -> list[str]:
         numbered = {file.name: _SHARD.fullmatch(file.name) for file in self.folder.glob("model*.safetensors")}
@@ -135,7 +135,12 @@ class CheckpointWriter:
             (self.folder / to).parent.mkdir(exist_ok=True)
             self._atomically(str(to), lambda path: shutil.copyfile(file, path))
 
-    def _write_json(self, name: str, data: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write one JSON file.
+
+        Raises:
+            CheckpointError: the disk is full, or the folder cannot be written.
+        """
         text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         self._atomically(name, lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -201,6 +201,24 @@ def inspect_(
 app.command(epilog=EXAMPLES)(compare)
 
 
+@app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")
+def export_adapter(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist yet.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What the adapter is for: a name or folder for its config.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the low-rank corrections of a quantized model as a PEFT adapter, for the same codes elsewhere."""
+    with Output(as_json) as output:
+        prepare(None, quiet=True)
+        from quantlab.checkpoint.adapter import save_adapter
+
+        save_adapter(folder, out, base)
+        output.answer({"folder": folder, "adapter": out}, f"adapter written to {out}")
+
+
 @app.command(epilog="Examples:\n\n  quantlab recipes\n  quantlab recipes w4-gptq --set format=int3 > my-recipe.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A ready recipe, or a YAML file, to print.")] = None,

@@ -19,6 +19,7 @@ from quantlab.checkpoint.native import quantization_config
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
+from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.hadamard import rotate
@@ -121,10 +122,10 @@ def quantize(
     if restart and (partial_folder(out) / LOG).is_file():
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
-    described = data.description if data else {}
-    progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes=notes))
-    batches = data.batches() if data else []
+    batches, described = (data.batches(), data.description) if data else ([], {})
     try:
+        plan = look_ahead(plan, source, skeleton, architecture)
+        progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes=notes))
         Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
     except BaseException:
         journal.abandon()

@@ -91,7 +91,7 @@ def solve(
         An answer for each layer, in order.
     """
     layers = list(layers)
-    _check_finite(layers, weights, statistics)
+    check_finite(layers, weights, statistics)
     answers = []
     for _, members in groupby(layers, key=lambda layer: layer.scheme):
         stack = list(members)
@@ -101,9 +101,14 @@ def solve(
     return answers
 
 
-def _check_finite(
+def check_finite(
     layers: list[PlannedLayer], weights: Mapping[str, torch.Tensor], statistics: InputStatistics | None
 ) -> None:
+    """Refuse weights and statistics that are not finite.
+
+    Raises:
+        CheckpointError: names the layer.
+    """
     for layer in layers:
         if not weights[layer.name].isfinite().all():
             raise CheckpointError(

@@ -40,6 +40,10 @@ class Sample:
         count = max(1, min(len(self.weight), elements // self.weight.shape[1]))
         return self.weight[torch.linspace(0, len(self.weight) - 1, count, device=self.weight.device).long()]
 
+    def share(self, samples: int) -> Sample:
+        """As much of it as :func:`fit_power` looks at where it is given so many samples."""
+        return Sample(self.rows(max(1 << 10, _POWER_ELEMENTS // samples)).clone(), self.granularity, self.importance)
+
 
 def fit_power(bits: int, samples: Sequence[Sample]) -> Grid:
     """The power grid whose exponent leaves the smallest sum of relative squared errors, by Nelder-Mead from 0.5.
@@ -49,14 +53,14 @@ def fit_power(bits: int, samples: Sequence[Sample]) -> Grid:
 
     Source: PowerQuant (arXiv:2301.09858), 3.3.
     """
-    parts = [(sample, sample.rows(max(1 << 10, _POWER_ELEMENTS // len(samples)))) for sample in samples]
+    parts = [sample.share(len(samples)) for sample in samples]
 
     def loss(point: Sequence[float]) -> float:
         exponent = float(point[0])
         if not _EXPONENTS[0] <= exponent <= _EXPONENTS[1]:
             return float("inf")
         grid = power(bits, exponent)
-        return sum(_relative_error(grid, sample, rows) for sample, rows in parts)
+        return sum(_relative_error(grid, part) for part in parts)
 
     found = minimize(
         loss, [0.5], method="Nelder-Mead", options={"xatol": 2e-3, "fatol": 0.0, "initial_simplex": [[0.5], [0.7]]}
@@ -64,7 +68,8 @@ def fit_power(bits: int, samples: Sequence[Sample]) -> Grid:
     return power(bits, round(float(found.x[0]), 4))
 
 
-def _relative_error(grid: Grid, sample: Sample, rows: torch.Tensor) -> float:
+def _relative_error(grid: Grid, sample: Sample) -> float:
+    rows = sample.weight
     scales = choose_scales(rows, grid, sample.granularity, search=False)
     steps = scales.decode().unsqueeze(-1)
     groups = rows.unflatten(1, (steps.shape[1], -1))

@@ -62,13 +62,12 @@ class LowRankRepair:
             value = getattr(self, option)
             if type(value) is not int or value < least:
                 raise RecipeError(f"{self.name}: {option} {value!r}: use a whole number, at least {least}")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise RecipeError(f"{self.name}: dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.energy is not None and (not _is_number(self.energy) or not 0 < self.energy <= 1):
             raise RecipeError(f"{self.name}: energy {self.energy!r}: use a fraction above 0 and at most 1")
         if self.preserve != "auto" and (type(self.preserve) is not int or not 0 <= self.preserve <= self.rank):
             raise RecipeError(f"{self.name}: preserve {self.preserve!r}: use auto, or 0 to the rank, {self.rank}")
-
         if self.budget is not None and not (_is_number(self.budget) and self.budget > 0):
             raise RecipeError(f"{self.name}: budget {self.budget!r}: use bits a weight, such as 0.1")
 
@@ -102,9 +101,9 @@ class LowRankRepair:
             latest = self._repaired(solution, target, metric, objective)
             best = min(best, latest, key=lambda repaired: repaired.cost)
             outside = None
-        solution = best.solution
-        qtensor = replace(solution.qtensor, low_rank=best.correction)
-        return Solution(qtensor, None, solution.notes + notes, None if target is problem.weight else target)
+        qtensor = replace(best.solution.qtensor, low_rank=best.correction)
+        moved = None if target is problem.weight else target
+        return replace(best.solution, qtensor=qtensor, loss=None, notes=best.solution.notes + notes, target=moved)
 
     @property
     def plans_ahead(self) -> bool:
@@ -126,11 +125,10 @@ class LowRankRepair:
         bits = 8 * DTYPES[self.dtype].itemsize
         ranks = share_ranks(outlooks, bits, 32 if self.dtype == "int8" else 0, self.budget)
         own = {**asdict(self), "budget": None}
-        kept = {
-            rank: self.preserve if isinstance(self.preserve, str) else min(self.preserve, rank)
-            for rank in ranks.values()
-        }
-        return {name: {**own, "rank": rank, "preserve": kept[rank]} for name, rank in ranks.items()}
+        return {name: {**own, "rank": rank, "preserve": self._preserve_within(rank)} for name, rank in ranks.items()}
+
+    def _preserve_within(self, rank: int) -> int | str:
+        return self.preserve if isinstance(self.preserve, str) else min(self.preserve, rank)
 
     def _repaired(
         self, solution: Solution, target: torch.Tensor, metric: torch.Tensor | None, objective: torch.Tensor | None
@@ -156,7 +154,7 @@ class LowRankRepair:
         if not rank or self.preserve == 0:
             return None
         vectors, values = leading(target, metric, rank)
-        kept = _split(target, values, metric) if self.preserve == "auto" else min(int(self.preserve), rank)
+        kept = _split(target, values, metric) if self.preserve == "auto" else int(self._preserve_within(rank))
         return ((vectors[:, :kept] @ vectors[:, :kept].T) @ target.double()).float() if kept else None
 
 

@@ -350,6 +350,7 @@ def test_the_same_bytes_every_time(small):
         ({"rank": -1}, "rank -1"),
         ({"rank": True}, "rank True"),
         ({"dtype": "float32"}, "dtype 'float32': use one of bfloat16"),
+        ({"dtype": ["int8"]}, "dtype"),
         ({"energy": 0}, "energy 0"),
         ({"energy": 1.5}, "energy 1.5"),
         ({"energy": "most"}, "energy 'most'"),

@@ -55,6 +55,11 @@ class Grid:
         return self.lowest if -self.lowest >= self.highest else self.highest
 
     @cached_property
+    def has_zero(self) -> bool:
+        """Whether 0 is one of the values."""
+        return bool((self.values == 0).any())
+
+    @cached_property
     def is_integer(self) -> bool:
         """Whether the values are consecutive integers, so that rounding needs no table."""
         steps = self.values.diff()

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate
+    from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
 
 __all__ = [
+    "DescribedFormat",
     "Evaluation",
     "Inspection",
     "QuantlabError",
@@ -28,6 +30,7 @@ __all__ = [
     "Result",
     "Scheme",
     "evaluate",
+    "formats",
     "inspect",
     "load",
     "load_recipe",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DescribedFormat": "formats",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "QuantlabError": "errors",
@@ -43,6 +47,7 @@ _HOMES = {
     "Result": "engine.quantize",
     "Scheme": "recipe",
     "evaluate": "evaluation",
+    "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",
     "load_recipe": "recipe",

@@ -27,7 +27,7 @@ MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.n
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
-API = {"quantlab.inspection", "quantlab.evaluation", "quantlab.sweep"}
+API = {"quantlab.formats", "quantlab.inspection", "quantlab.evaluation", "quantlab.sweep"}
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
     "quantlab_evals": set(),
@@ -44,6 +44,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine"},
+    "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,
     "quantlab.sweep": TOP | {"quantlab.evaluation"},

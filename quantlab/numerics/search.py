@@ -20,8 +20,8 @@ _ORIENTATIONS = (1, -1)
 # Asymmetric ranges: how much of min-max is kept, and, where a zero may lie anywhere, of what is cut, how much above.
 # A table's best codes hold two unknowns each way, so refits go on for longer.
 _KEPT = (1.15, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-_SIDES = (0.5, 0.0, 1.0)
-_TABLE_REFITS = 6
+_SIDES = (0.5, 0.0, 0.25, 0.75, 1.0)
+_TABLE_REFITS = 4
 
 
 def symmetric_scales(

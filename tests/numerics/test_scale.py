@@ -130,7 +130,8 @@ def test_thousands_of_ranges_hardly_beat_a_tables_asymmetric_search(table, weigh
         best = torch.minimum(best, (decoded - weight).square() @ importance.double())
     q = rounded(weight.float(), table, symmetric=False, importance=importance if weighted else None)
     found = group_errors(weight.float(), q, "channel", importance).sum()
-    assert found <= 1.15 * best.sum()
+    # Weighted, some ten of 32 inputs count, and among thousands of ranges one fits those few.
+    assert found <= (1.25 if weighted else 1.15) * best.sum()
     assert (
         found
         < 0.9

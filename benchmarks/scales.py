@@ -11,8 +11,7 @@ import torch
 
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
-from quantlab.numerics import QTensor, apply_scales, choose_scales, grid
-from quantlab.numerics import scale as search
+from quantlab.numerics import QTensor, apply_scales, choose_scales, grid, search
 
 
 def main(model: str, layer: str = "model.layers.10.mlp.gate_proj") -> None:
@@ -24,10 +23,10 @@ def main(model: str, layer: str = "model.layers.10.mlp.gate_proj") -> None:
 
     def error(name: str, symmetric: bool, searched: bool) -> float:
         table = grid(name)
-        scales, zeros = choose_scales(
+        scales = choose_scales(
             weight, table, 64, symmetric=symmetric, search=searched, importance=importance if searched else None
         )
-        decoded = QTensor(apply_scales(weight, table, scales, zeros), scales, zeros, table).dequantize()
+        decoded = QTensor.of(apply_scales(weight, table, scales), scales, table).dequantize()
         return float(((weight - decoded).square() * importance).sum())
 
     both = search._ORIENTATIONS

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate
+    from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
 
 __all__ = [
     "Comparison",
+    "DescribedFormat",
     "Evaluation",
     "Inspection",
     "QuantlabError",
@@ -32,6 +34,7 @@ __all__ = [
     "Scheme",
     "compare",
     "evaluate",
+    "formats",
     "inspect",
     "load",
     "load_recipe",
@@ -42,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "Comparison": "comparison",
+    "DescribedFormat": "formats",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "QuantlabError": "errors",
@@ -50,6 +54,7 @@ _HOMES = {
     "Scheme": "recipe",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",
     "load_recipe": "recipe",

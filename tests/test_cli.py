@@ -9,6 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -347,7 +349,8 @@ def test_recipes(call):
     assert code == 0
     assert "w4-gptq" in out
     listed = json.loads(call("recipes", "--json")[1])["recipes"]
-    assert {"w4-gptq", "w4-rtn"} <= {entry["name"] for entry in listed}
+    files = {file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml")}
+    assert {entry["name"] for entry in listed} == files
     assert all(entry["description"] for entry in listed)
     text = call("recipes", "w4-gptq")[1]
     assert text.startswith("# ")
@@ -355,6 +358,29 @@ def test_recipes(call):
     changed = call("recipes", "w4-gptq", "--set", "format=int3", "--set", "calibration.samples=8")[1]
     assert yaml.safe_load(changed)["format"] == "int3"
     assert yaml.safe_load(changed)["calibration"]["samples"] == 8
+
+
+def test_formats(call, tmp_path):
+    code, out, _ = call("formats", "--plot", str(tmp_path / "new" / "formats.svg"))
+    assert code == 0
+    assert "e3m2" in out
+    listed = json.loads(call("formats", "--json")[1])["formats"]
+    by_name = {entry["name"]: entry for entry in listed}
+    assert by_name["e3m2"]["highest"] == 28
+    assert by_name["e2m1"]["bits_per_weight"]["16, e4m3"] == pytest.approx(4.5, abs=0.01)
+    picture = ElementTree.fromstring((tmp_path / "new" / "formats.svg").read_text(encoding="utf-8"))
+    texts = {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
+    assert set(by_name) <= texts
+    ticks = [path.get("d").count("M") for path in picture.iter("{http://www.w3.org/2000/svg}path")]
+    assert ticks == [len(entry["values"]) for entry in listed]
+
+
+def test_the_picture_of_the_docs_is_what_the_command_draws(call, tmp_path):
+    call("formats", "--plot", str(tmp_path / "formats.svg"))
+    committed = Path(__file__).parents[1] / "docs" / "formats.svg"
+    drawn = (tmp_path / "formats.svg").read_text(encoding="utf-8")
+    # Where numbers are fitted the last digits may differ from one machine to the next.
+    assert re.sub(r"\d+\.\d+", "", drawn) == re.sub(r"\d+\.\d+", "", committed.read_text(encoding="utf-8"))
 
 
 def test_version(call):

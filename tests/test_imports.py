@@ -27,7 +27,7 @@ MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.n
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
-API = {f"quantlab.{part}" for part in ("inspection", "evaluation", "variants", "comparison", "sweep")}
+API = {f"quantlab.{part}" for part in ("formats", "inspection", "evaluation", "variants", "comparison", "sweep")}
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
     "quantlab_evals": set(),
@@ -44,6 +44,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine"},
+    "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,
     "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},

@@ -88,13 +88,14 @@ def test_ready_recipes(name):
     assert len(recipe.description) > 40
     schemes = [recipe.default, *(recipe.scheme(pattern) for pattern in recipe.layers)]
     for scheme in schemes:
-        make_quantizer(scheme.quantizer, scheme.options)
+        make_quantizer(scheme.quantizer, scheme.options).needs(scheme)
     text = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# "), "a ready recipe says first when to use it"
 
 
 def test_the_ready_recipes_are_there():
-    assert {"w4-gptq", "w4-rtn"} <= set(ready_recipes())
+    named = {"w4-gptq", "w4-rtn", "fp6-rtn", "fp6-gptq", "power4", "nf4", "nf4-gptq", "mxfp4", "mxfp8", "nvfp4"}
+    assert named | {"w4-codebook", "glm130b-int4", "hqq-w4"} <= set(ready_recipes())
 
 
 def test_files(tmp_path):

@@ -255,6 +255,25 @@ def recipes(
             output.answer(recipe, show.verbatim(text))
 
 
+@app.command(epilog="Examples:\n\n  quantlab formats\n  quantlab formats --plot formats.svg")
+def formats(
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw every format's values on a number line, as SVG.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List what a code can mean: the number formats, their range, what they cost, and when to use them."""
+    with Output(as_json) as output:
+        from quantlab.cli import number_lines
+        from quantlab.formats import formats as describe
+
+        described = describe()
+        if plot is not None:
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            plot.write_text(number_lines.svg(described), encoding="utf-8")
+        output.answer({"formats": [entry.to_dict() for entry in described]}, *number_lines.table(described, plot))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: run a command and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments

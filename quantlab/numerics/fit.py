@@ -98,7 +98,10 @@ def fit_codebook(bits: int, samples: Sequence[Sample]) -> Grid:
         cuts = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(values))])
         weight, sums = total[cuts].diff(), moment[cuts].diff()
         centres = torch.where(weight > 0, sums / weight.clamp(min=1e-300), centres)
-    return Grid(f"codebook{bits}", bits, centres.float().unique())
+    values = centres.float().unique()
+    if len(values) < 2:  # nothing, or one value over and over: a table has two
+        values = torch.cat([values, torch.tensor([0.0, 1.0])]).unique()[:2]
+    return Grid(f"codebook{bits}", bits, values)
 
 
 def _normalized(sample: Sample, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +115,10 @@ def _normalized(sample: Sample, elements: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _histogram_centres(values: torch.Tensor, mass: torch.Tensor, count: int) -> torch.Tensor:
-    """The centres of the best ``count`` intervals of a histogram of ``values`` (ascending), exactly."""
+    """The centres of the best ``count`` intervals of a histogram of ``values`` (ascending), exactly.
+
+    Fewer where there are fewer different values; an empty histogram has none.
+    """
     cell = ((values + 1) * (_CELLS / 2)).long().clamp(0, _CELLS - 1)
     sums = torch.zeros(3, _CELLS, dtype=torch.float64)
     for row, term in enumerate((mass, mass * values, mass * values.square())):
@@ -120,8 +126,7 @@ def _histogram_centres(values: torch.Tensor, mass: torch.Tensor, count: int) -> 
     sums = sums[:, sums[0] > 0]
     cells = sums.shape[1]
     if cells <= count:
-        centres = sums[1] / sums[0]
-        return torch.cat([centres, centres[-1] + torch.arange(1, count - cells + 1)])
+        return sums[1] / sums[0]
     zero, one, two = torch.cat([sums.new_zeros(3, 1), sums.cumsum(1)], dim=1)
     # cost[i, j]: squared error of cells i .. j-1 around their mean.
     weight = (zero[None] - zero[:, None]).clamp(min=1e-300)

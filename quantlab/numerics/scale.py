@@ -1,9 +1,4 @@
-"""How scales are chosen: granularity, abs-max and search, symmetric and asymmetric.
-
-Symmetric scales are *full-range*: the weight of largest magnitude maps to the grid's extreme. Where a grid is longer on
-one side (an integer grid's code -2^(b-1)) they are signed, so that no code is wasted (the "opt-RTN" of llama.cpp and
-AutoRound).
-"""
+"""How scales are chosen and stored: granularity, abs-max and search, symmetric and asymmetric."""
 
 from __future__ import annotations
 
@@ -14,15 +9,10 @@ import torch
 
 from quantlab.numerics.grid import Grid
 from quantlab.numerics.scale_type import OuterScales, ScaleType, decode_scales, scale_type
+from quantlab.numerics.search import asymmetric_scales, symmetric_scales
 
 Granularity = int | str  # a group size along the inputs, "channel" or "tensor"
 
-# Steps of the search, as multiples of the abs-max scale's inverse: above 1 clips the largest weights, below 1
-# leaves the outermost codes unused. Least-squares refits of the best step then settle between the steps.
-_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.42, 1.55, 1.7)
-_REFITS = 2
-# A lopsided grid (int: -8..7) is also tried the other way round, where the extreme weight takes the +7.
-_ORIENTATIONS = (1, -1)
 # Elements that are searched at once: enough to hide the cost of a call, few enough to stay in the cache.
 _CHUNK = 1 << 17
 
@@ -90,18 +80,18 @@ def choose_scales(
     for rows in _chunks(groups):
         part = None if weights is None else weights[rows]
         if zeros is None:
-            chosen[rows] = _symmetric(groups[rows], grid, search, part, kind.signed)
+            chosen[rows] = symmetric_scales(groups[rows], grid, search, part, kind.signed)
         else:
-            chosen[rows], zeros[rows] = _asymmetric(groups[rows], grid, search, part)
-    if zeros is not None:
-        zeros = zeros.to(_zero_dtype(grid, kind))
+            chosen[rows], zeros[rows] = asymmetric_scales(groups[rows], grid, search, part)
+    if not grid.has_zero:  # then a group of zeros is as small as its scale
+        chosen = torch.where(chosen == 0, torch.finfo(torch.float32).tiny, chosen)
     outer = kind.outer(chosen)
-    if kind.is_coarse and search:
-        encoded = _better_neighbour(groups, grid, chosen, zeros, weights, kind, outer)
-    elif kind.dtype == torch.float8_e8m0fnu:
-        encoded = kind.encode(_power_of_two(groups, grid), outer)
-    else:
-        encoded = kind.encode(chosen, outer)
+    if kind.is_coarse:
+        candidates = _candidates(groups, grid, chosen, zeros, kind, outer, search)
+        return Scales(*_best_stored(groups, grid, candidates, outer, weights), outer)
+    encoded = kind.encode(chosen, outer)
+    if zeros is not None:
+        zeros = _zeros_for(grid, chosen, zeros, decode_scales(encoded, outer)).to(_zero_dtype(grid, kind))
     return Scales(encoded, zeros, outer)
 
 
@@ -120,110 +110,87 @@ def _zero_dtype(grid: Grid, kind: ScaleType) -> torch.dtype:
     return kind.dtype if kind.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
 
 
+def _zeros_for(grid: Grid, chosen: torch.Tensor, zeros: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Zeros that keep the middle of each group's range where it was, under the scales as they are stored."""
+    middle = (grid.lowest + grid.highest) / 2
+    ratio = chosen / stored
+    moved = middle - (middle - zeros) * ratio
+    # Beyond that the scale did not fit its type at all.
+    moved = torch.where((ratio >= 0.5) & (ratio <= 2), moved, zeros)
+    return moved.round().clamp(grid.lowest, grid.highest) if grid.is_integer else moved
+
+
+def _candidates(
+    groups: torch.Tensor,
+    grid: Grid,
+    chosen: torch.Tensor,
+    zeros: torch.Tensor | None,
+    kind: ScaleType,
+    outer: OuterScales | None,
+    search: bool,
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The stored forms of coarse scales that come into question, each with the zeros that go with it."""
+    plain = chosen
+    if kind.dtype == torch.float8_e8m0fnu:
+        plain = _power_of_two(groups, grid) if zeros is None else _power_above(chosen)
+    elif search and zeros is None:
+        plain = symmetric_scales(groups, grid, search=False, importance=None, signed=kind.signed)
+    stored = [kind.encode(plain, outer)]
+    if search:
+        stored = [*kind.neighbours(chosen, outer), *stored]
+    if zeros is None:
+        return [(scales, None) for scales in stored]
+    dtype = _zero_dtype(grid, kind)
+    return [(scales, _zeros_for(grid, chosen, zeros, decode_scales(scales, outer)).to(dtype)) for scales in stored]
+
+
 def _power_of_two(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The scale of the Microscaling standard: the largest element's exponent less the grid's largest exponent."""
     exponents = torch.frexp(groups.abs().amax(-1)).exponent - torch.frexp(torch.tensor(grid.highest)).exponent
-    return torch.where(groups.any(-1), torch.ldexp(torch.ones(()), exponents.clamp(-126, 127)), 0)
+    return torch.where(groups.any(-1), _exp2(exponents), 0)
 
 
-def _better_neighbour(
+def _power_above(scales: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two that is not below ``scales``, so that a range is covered; 0 stays."""
+    mantissa, exponent = torch.frexp(scales)
+    return torch.where(scales == 0, 0, _exp2(exponent - (mantissa == 0.5).int()))
+
+
+def _exp2(exponents: torch.Tensor) -> torch.Tensor:
+    return torch.ldexp(torch.ones(exponents.shape, device=exponents.device), exponents.clamp(-127, 127))
+
+
+def _best_stored(
     groups: torch.Tensor,
     grid: Grid,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    kind: ScaleType,
+    candidates: list[tuple[torch.Tensor, torch.Tensor | None]],
     outer: OuterScales | None,
-) -> torch.Tensor:
-    """Of the two stored forms around each scale the one that leaves the smaller error."""
-    candidates = kind.neighbours(scales, outer)
-    errors = []
-    for candidate in candidates:
-        step = decode_scales(candidate, outer)
-        error = torch.empty_like(step)
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of several stored forms of each scale, with their zeros, the one that leaves the smallest error; the first of
+    equals.
+    """
+    best, zeros = candidates[0]
+    if len(candidates) == 1:
+        return best, zeros
+    best, zeros = best.view(torch.uint8).clone(), None if zeros is None else zeros.clone()
+    least = torch.full(best.shape, torch.inf, device=best.device)
+    for scales, shift in candidates:
+        step = decode_scales(scales, outer)
         for rows in _chunks(groups):
             scale = step[rows].unsqueeze(-1)
-            zero = 0 if zeros is None else zeros[rows].float().unsqueeze(-1)
+            zero = 0 if shift is None else shift[rows].float().unsqueeze(-1)
             off = grid.round(groups[rows] / scale + zero).sub_(zero).mul_(scale).sub_(groups[rows]).square_()
-            error[rows] = (off if weights is None else off.mul_(weights[rows])).sum(-1)
-        errors.append(error)
-    below, above = (candidate.view(torch.uint8) for candidate in candidates)
-    return torch.where(errors[0] <= errors[1], below, above).view(kind.dtype)
+            error = (off if weights is None else off.mul_(weights[rows])).sum(-1)
+            better = error < least[rows]
+            least[rows] = torch.where(better, error, least[rows])
+            best[rows] = torch.where(better, scales.view(torch.uint8)[rows], best[rows])
+            if zeros is not None and shift is not None:
+                zeros[rows] = torch.where(better, shift[rows], zeros[rows])
+    return best.view(candidates[0][0].dtype), zeros
 
 
 def _chunks(groups: torch.Tensor) -> Iterator[slice]:
     rows = max(1, _CHUNK // groups[0].numel())
     for start in range(0, len(groups), rows):
         yield slice(start, start + rows)
-
-
-def _symmetric(
-    groups: torch.Tensor, grid: Grid, search: bool, importance: torch.Tensor | None, signed: bool
-) -> torch.Tensor:
-    if signed and -grid.lowest != grid.highest:
-        at = groups.abs().argmax(dim=-1, keepdim=True)
-        absmax = groups.gather(-1, at) / grid.extreme  # [rows, groups, 1]
-    else:
-        above, below = groups.amax(-1, keepdim=True) / grid.highest, groups.amin(-1, keepdim=True) / grid.lowest
-        absmax = torch.maximum(above, below)
-    if not search:
-        return absmax.squeeze(-1)
-    weighted = groups if importance is None else groups * importance
-    inverse = torch.where(absmax == 0, 0, 1 / absmax)
-    lopsided = signed and not torch.equal(grid.values, -grid.values.flip(0))
-    best_gain = torch.full_like(inverse, -1.0)
-    best = absmax.clone()
-    for sign in _ORIENTATIONS if lopsided else (1,):
-        for factor in _FACTORS:
-            _try_scale(groups, grid, importance, weighted, inverse * (sign * factor), best, best_gain)
-    for _ in range(_REFITS):
-        _try_scale(groups, grid, importance, weighted, torch.where(best == 0, 0, 1 / best), best, best_gain)
-    return best.squeeze(-1)
-
-
-def _try_scale(
-    groups: torch.Tensor,
-    grid: Grid,
-    importance: torch.Tensor | None,
-    weighted: torch.Tensor,
-    inverse: torch.Tensor,
-    best: torch.Tensor,
-    best_gain: torch.Tensor,
-) -> None:
-    """Round with ``1 / inverse``, fit the scale to the codes by least squares, keep it where it errs less.
-
-    With codes q the best scale is ``<w, q> / <q, q>`` (in the importance metric), and the squared error that
-    it leaves is ``<w, w> - <w, q>^2 / <q, q>``: the larger that gain, the smaller the error.
-    """
-    q = grid.round(groups * inverse)
-    dot = (weighted * q).sum(-1, keepdim=True)
-    q.square_()
-    if importance is not None:
-        q.mul_(importance)
-    norm = q.sum(-1, keepdim=True)
-    gain = torch.where(norm > 0, dot.square() / norm, 0)
-    better = gain > best_gain
-    best_gain.copy_(torch.where(better, gain, best_gain))
-    best.copy_(torch.where(better & (norm > 0), dot / norm, best))
-
-
-def _asymmetric(
-    groups: torch.Tensor, grid: Grid, search: bool, importance: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    low = groups.amin(-1, keepdim=True).clamp(max=0)
-    high = groups.amax(-1, keepdim=True).clamp(min=0)
-    best_scale = best_zero = torch.zeros_like(low)
-    best_error = torch.full_like(low, torch.inf)
-    for factor in _FACTORS if search else (1.0,):
-        scale = (high - low) / (factor * (grid.highest - grid.lowest))
-        zero = grid.lowest - low / (factor * torch.where(scale == 0, 1, scale))
-        if grid.is_integer:
-            zero = zero.round().clamp(grid.lowest, grid.highest)
-        decoded = grid.round(groups / torch.where(scale == 0, 1, scale) + zero).sub_(zero).mul_(scale)
-        error = decoded.sub_(groups).square_()
-        error = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale.squeeze(-1), best_zero.squeeze(-1)

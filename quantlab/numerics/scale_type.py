@@ -62,7 +62,8 @@ class ScaleType:
         block = self.block if self.block > 0 else flat.numel()
         largest = torch.nn.functional.pad(flat.abs(), (0, -flat.numel() % block)).view(-1, block).amax(1)
         outer = largest / _HIGHEST[self.name]
-        return OuterScales(torch.where(outer > 0, outer, 1.0), offset)
+        # So that not even the smallest code times this is 0.
+        return OuterScales(torch.where(outer > 0, outer.clamp(min=_SMALLEST_OUTER), 1.0), offset)
 
     def encode(self, scales: torch.Tensor, outer: OuterScales | None) -> torch.Tensor:
         """The stored form nearest to ``scales [rows, groups]``, which are neither zero nor infinite in it.
@@ -72,9 +73,9 @@ class ScaleType:
         if outer is None:
             return _representable(scales, self.dtype)
         inner = _spread(outer.scales, scales)
-        scaled = (scales if outer.offset is None else scales - outer.offset) / inner
-        if self.dtype == torch.uint8:
-            return _dynamic_codes(scaled)
+        if outer.offset is not None:
+            return _dynamic_codes(scales, inner, outer.offset)
+        scaled = scales / inner
         if self.dtype == torch.int8:
             rounded = scaled.round().clamp(-127, 127)
             return torch.where(rounded == 0, torch.ones_like(rounded).copysign(scaled), rounded).to(torch.int8)
@@ -106,6 +107,7 @@ _TYPES = {
         ScaleType("dynamic8", torch.uint8, signed=False, block=_BLOCK, centered=True),  # QLoRA's double quantization
     )
 }
+_SMALLEST_OUTER = 2.0**-116
 _HIGHEST = {"e4m3": 448.0, "int8": 127.0, "dynamic8": 1.0}
 
 
@@ -145,9 +147,14 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def _dynamic_codes(scaled: torch.Tensor) -> torch.Tensor:
-    table = dynamic_map().to(scaled.device)
-    return torch.bucketize(scaled.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+def _dynamic_codes(scales: torch.Tensor, inner: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The nearest codes of ``(scales - offset) / inner`` that decode to more than 0."""
+    table = dynamic_map().to(scales.device)
+    # As bitsandbytes has it: multiplied by the reciprocal, and halfway goes down.
+    codes = torch.bucketize((scales - offset) * (1 / inner), (table[1:] + table[:-1]) / 2)
+    # A scale far below the mean of the others can come out at 0 or less; the margin is float32's.
+    least = torch.bucketize(-offset / inner * (1 - 1e-6), table, right=True)
+    return torch.maximum(codes, least).clamp_(max=len(table) - 1).to(torch.uint8)
 
 
 def _spread(outer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

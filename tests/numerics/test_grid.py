@@ -160,3 +160,24 @@ def test_a_table_that_is_none_is_refused(values):
 
 def test_a_grid_is_made_once():
     assert grid("int4") is grid("int4")
+
+
+@each_grid
+def test_cells_find_what_a_search_finds(table):
+    """Everything on a border between two codes, beside it, and beyond the ends."""
+    borders = (table.values[1:].double() + table.values[:-1].double()).div(2).float()
+    ends = [torch.full_like(borders, end) for end in (-torch.inf, torch.inf)]
+    beside = [torch.nextafter(borders, end) for end in ends]
+    spread = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * table.highest
+    x = torch.cat([borders, *beside, spread, torch.tensor([torch.inf, -torch.inf, 3e38, -3e38])])
+    up = torch.zeros_like(borders, dtype=torch.bool) if table.ties is None else table.ties
+    if table.is_integer:
+        up = borders.round() > borders
+    cuts = torch.where(up, torch.nextafter(borders, ends[0]), borders)
+    assert table.nearest(x).tolist() == torch.bucketize(x, cuts).tolist()
+
+
+def test_most_tables_are_looked_up_in_cells():
+    for name in ("nf4", "fp4", "e2m1", "e3m2", "e2m3", "power4:0.5"):
+        assert grid(name)._cells is not None
+    assert grid("e4m3")._cells is None  # steps of 1/512 on a range of 900

@@ -112,6 +112,35 @@ def test_a_sweep_of_ranges_hardly_beats_the_asymmetric_search(table):
     assert group_errors(weight.float(), q, "channel").sum() <= 1.15 * best.sum()
 
 
+@pytest.mark.parametrize("table", [grid("nf3"), NF4, grid("e2m1"), grid("power4:0.5")], ids=lambda table: table.name)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("offset", "power"), [(0.0, 1), (0.7, 1), (0.0, 3)])
+def test_thousands_of_ranges_hardly_beat_a_tables_asymmetric_search(table, weighted, offset, power):
+    """A table's zero lies anywhere: against every range that cuts up to a half from either end."""
+    weight = gaussian(60, 32, seed=4, power=power).double() + offset
+    importance = gaussian(1, 32, seed=5).square()[0] if weighted else torch.ones(32)
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    best = torch.full((len(weight),), torch.inf, dtype=torch.float64)
+    cuts = torch.linspace(-0.15, 0.5, 45).tolist()
+    for below, above in ((below, above) for below in cuts for above in cuts if below + above < 0.8):
+        start, stop = low + (high - low) * below, high - (high - low) * above
+        scale = (stop - start) / (table.highest - table.lowest)
+        zero = table.lowest - start / scale
+        decoded = (table.round(weight / scale + zero) - zero) * scale
+        best = torch.minimum(best, (decoded - weight).square() @ importance.double())
+    q = rounded(weight.float(), table, symmetric=False, importance=importance if weighted else None)
+    found = group_errors(weight.float(), q, "channel", importance).sum()
+    # Weighted, some ten of 32 inputs count, and among thousands of ranges one fits those few.
+    assert found <= (1.25 if weighted else 1.15) * best.sum()
+    assert (
+        found
+        < 0.9
+        * group_errors(
+            weight.float(), rounded(weight.float(), table, symmetric=False, search=False), "channel", importance
+        ).sum()
+    )
+
+
 @each_table
 @pytest.mark.parametrize("sign", [1, -1])
 def test_absmax_puts_the_largest_weight_on_the_extreme(table, sign):

@@ -25,8 +25,7 @@ class TableScheme(Scheme):
 
     table: Grid = NF4
 
-    @property
-    def grid(self) -> Grid:
+    def grid_for(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Grid:
         return self.table
 
 

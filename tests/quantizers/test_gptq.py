@@ -150,7 +150,7 @@ def test_a_groups_scale_is_chosen_when_its_turn_comes(order, search, symmetric):
         if i % 8 == 0:
             scales, zeros, _ = choose_scales(
                 torch.from_numpy(w[:, i : i + 8]).float(),
-                grid(scheme.format),
+                scheme.grid_for(W, None),
                 "channel",
                 symmetric=symmetric,
                 search=search != "absmax",
@@ -350,7 +350,7 @@ def test_inputs_that_are_never_on(scheme, order):
 @each_scheme
 @each_order
 def test_what_is_on_the_grid_stays_there(scheme, order):
-    table = grid(scheme.format)
+    table = scheme.grid_for(W, None)
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, len(table), (ROWS, COLUMNS), generator=generator, dtype=torch.uint8)
     codes[:, ::8] = 0

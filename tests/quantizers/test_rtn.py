@@ -7,7 +7,7 @@ import torch
 from synthetic import NF4, TableScheme, inputs, moment_statistics, output_error, problem, statistics, weights
 
 from quantlab.errors import MissingStatisticsError, RecipeError
-from quantlab.numerics import apply_scales, choose_scales, grid
+from quantlab.numerics import apply_scales, choose_scales
 from quantlab.problem import InputStatistics, Statistic
 from quantlab.quantizers import Quantizer, make_quantizer, quantizer_names
 from quantlab.quantizers.gptq import Gptq
@@ -28,7 +28,7 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_weight_gets_the_nearest_entry_under_its_scale(scheme):
     q = Rtn().quantize(problem(W, KEPT), scheme).qtensor
-    table = grid(scheme.format)
+    table = scheme.grid_for(W, None)
     importance = KEPT.diagonal if scheme.scale_search == "second-moment" else None
     scales = choose_scales(
         W,
@@ -103,7 +103,7 @@ def test_methods_are_made_by_name():
 def test_every_method_solves_a_plain_problem(name):
     """What the engine relies on, of whatever is registered."""
     method: Quantizer = make_quantizer(name, {})
-    scheme = Scheme(granularity=16)
+    scheme = Scheme(granularity=16, symmetric=name != "hqq")
     assert isinstance(method.needs(scheme), Statistic)
     before = W.clone()
     solution = method.quantize(problem(W, KEPT), scheme)

@@ -1,0 +1,6 @@
+"""Transforms: how a model is rewritten, with the same output, before it is quantized. One file a method."""
+
+from quantlab.transforms.awq import Awq, Reader
+from quantlab.transforms.base import Transform, make_transform, register, transform_names
+
+__all__ = ["Awq", "Reader", "Transform", "make_transform", "register", "transform_names"]

@@ -20,6 +20,7 @@ from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
 from quantlab.engine.architecture import describe
+from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import OUTSIDE, Run
@@ -27,8 +28,11 @@ from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
 from quantlab.errors import PreflightError
 from quantlab.recipe import Recipe, load_recipe
+from quantlab.transforms import Awq, make_transform
 
 RECIPE = "recipe.yaml"
+# Tokens that go through the blocks where no layer wants to know its inputs and only a transform looks at some.
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,16 @@ def quantize(
     started = time.perf_counter()
     asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
+    transforms = [make_transform(name, options) for name, options in chosen.transforms.items()]
     _check_out(out, overwrite)
     source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     plan = preflight.plan(chosen, architecture, skeleton)
+    awq = next((transform for transform in transforms if isinstance(transform, Awq)), None)
+    observed = any(layer.needs for layer in plan.values())
     data = None
-    if any(layer.needs for layer in plan.values()):
+    if observed or awq:
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
             tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
@@ -113,9 +120,13 @@ def quantize(
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
     progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
-    batches = data.batches() if data else []
+    run = Run(source, skeleton, architecture, plan, [], journal, progress)
+    if data is not None:
+        run.batches = data.batches() if observed else [data.tokens[:1, :_FEW]]
+    if data is not None and awq is not None:
+        run.rescaling, run.sample = Rescaling(awq, skeleton), draw_sample(data.tokens, awq.tokens)
     try:
-        Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
+        run.execute()
     except BaseException:
         journal.abandon()
         raise

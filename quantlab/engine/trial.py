@@ -61,8 +61,8 @@ class Trial:
             if (canonical := _canonical(self.block, name)) in self.readers or not list(module.children())
         ]
         try:
-            args, kwargs = tree_map(_cloned, (self.call.args, self.call.kwargs))
-            returned = self.block(*args, **kwargs)
+            call = copy.deepcopy(self.call)  # a cache among the arguments remembers
+            returned = self.block(*call.args, **call.kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -142,10 +142,6 @@ def _float(leaf: Any) -> Any:
 
 def _random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(x.shape, generator=generator) if _is_float(x) else x
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _is_float(leaf: Any) -> bool:

@@ -34,7 +34,7 @@ class Reader:
     """A layer that reads the inputs that are to be rescaled.
 
     Attributes:
-        weight: float32 ``[out, in]``.
+        weight: ``[out, in]`` in any dtype.
         x: what it was given, ``[tokens, in]`` in any dtype.
         scheme: how it will be quantized.
     """
@@ -106,7 +106,7 @@ def _output_error(readers: Sequence[Reader], scales: torch.Tensor | None) -> flo
     """``sum |Q(W diag(s)) diag(1/s) x - W x|^2`` over all readers and tokens; s is ``[in]``, or None for ones."""
     error = 0.0
     for reader in readers:
-        weight = reader.weight if scales is None else reader.weight * scales
+        weight = reader.weight.float() if scales is None else reader.weight.float() * scales
         x = reader.x.float() if scales is None else reader.x.float() / scales
         error += float((x @ (_rounded(weight, x, reader.scheme) - weight).T).square().sum())
     return error

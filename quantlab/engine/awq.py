@@ -73,7 +73,7 @@ class Rescaling:
     def apply(self, block: str, ahead: Ahead, planned: Sequence[PlannedLayer]) -> Rescaled:
         """Search scales for whatever can be rescaled in a block, and fold them into its weights."""
         module, schemes = self._model.get_submodule(block), {layer.name: layer.scheme for layer in planned}
-        rescaled = Rescaled(notes={name: "awq: its input cannot be rescaled" for name in schemes})
+        rescaled = Rescaled(notes=dict.fromkeys(schemes, "awq: its input cannot be rescaled"))
         pairs = self._pairs_of(module, ahead.call) if schemes else ()
         if isinstance(pairs, str):
             rescaled.notes.update(dict.fromkeys(schemes, f"awq: its block cannot be tried out by itself ({pairs})"))

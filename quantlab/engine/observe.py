@@ -92,7 +92,8 @@ class Calibration:
         assert self._sample is not None
         self._follow(self._scout)
         self._follow(self._sample)
-        self._sample.log = log = []
+        log: list[tuple[str, torch.Tensor, int]] = []
+        self._sample.log = log
         self._sample.advance()
         self._sample.log = None
         inputs: dict[str, list[torch.Tensor]] = {}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from quantlab.engine.architecture import features, get_weight, is_linear
 from quantlab.engine.forward import Call
@@ -130,7 +131,7 @@ def _multiplied(trial: Trial, producer: nn.Module, reader: str) -> torch.Tensor 
     column of the inputs along itself alone: in any direction orthogonal to every column the derivative is zero.
     None if the reader does not depend on the layer, or all its outputs do other things.
     """
-    parameters = [parameter.requires_grad_() for parameter in producer.parameters()]
+    parameters: list[torch.Tensor] = [parameter.requires_grad_() for parameter in producer.parameters()]
     try:
         with torch.enable_grad():
             x = trial.run()[1][reader]
@@ -150,13 +151,13 @@ def _multiplied(trial: Trial, producer: nn.Module, reader: str) -> torch.Tensor 
 
 
 def _derivative(
-    producer: nn.Module, parameters: list[nn.Parameter], x: torch.Tensor, direction: torch.Tensor
+    producer: nn.Module, parameters: list[torch.Tensor], x: torch.Tensor, direction: torch.Tensor
 ) -> torch.Tensor:
     """Of ``<x, direction>`` by the logarithm of a factor of each output of a linear layer, ``[out]``."""
     grads = torch.autograd.grad(x, parameters, direction, retain_graph=True)
     products = [parameter.detach() * grad for parameter, grad in zip(parameters, grads, strict=True)]
-    rows = (0 if isinstance(producer, nn.Linear) else 1) if len(products) else 0
-    return sum((p if p.ndim == 1 else p.sum(1 - rows) for p in products), torch.zeros(features(producer)[0]))
+    transposed = isinstance(producer, Conv1D)
+    return sum((p if p.ndim == 1 else p.sum(0 if transposed else 1) for p in products), torch.zeros(()))
 
 
 def _try(
@@ -167,7 +168,7 @@ def _try(
     output: list[torch.Tensor],
     inputs: dict[str, torch.Tensor],
 ) -> ScalePair | None:
-    """The pair that a producer makes with all of these readers whose inputs follow its channels, if folding is exact."""
+    """The pair that a producer makes with those readers whose inputs follow its channels, if folding is exact."""
     module = trial.block.get_submodule(producer)
     if len(factors) < 2:
         return None

@@ -87,7 +87,7 @@ def _recorder(
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         order.append(name)
-        if _is_float(x):
+        if x is not None and _is_float(x):
             inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).clone())
 
     return record

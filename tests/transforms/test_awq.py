@@ -119,5 +119,5 @@ def test_sixteen_bits_are_searched_in_float32():
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(RecipeError, match="awq"):
         make_transform("awq", options)
-    with pytest.raises(RecipeError, match="transform 'awk' is unknown; use one of .*awq"):
+    with pytest.raises(RecipeError, match=r"transform 'awk' is unknown; use one of .*awq"):
         make_transform("awk", {})

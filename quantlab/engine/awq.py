@@ -56,9 +56,11 @@ class Rescaling:
     Args:
         method: the search.
         model: whose blocks will be rescaled in place.
+        sample: token ids int64 ``[sequences, length]`` that go ahead.
     """
 
-    def __init__(self, method: Awq, model: nn.Module) -> None:
+    def __init__(self, method: Awq, model: nn.Module, sample: torch.Tensor) -> None:
+        self.sample = sample
         self._method = method
         self._model = model
         self._pairs: dict[str, tuple[ScalePair, ...] | str] = {}

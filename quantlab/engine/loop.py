@@ -51,7 +51,6 @@ class Run:
         journal: where finished blocks are written and remembered.
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
-        sample: token ids ``[sequences, length]`` that rescaling looks at.
     """
 
     source: ModelSource
@@ -62,7 +61,6 @@ class Run:
     journal: Journal
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
-    sample: torch.Tensor | None = None
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -89,11 +87,10 @@ class Run:
         remaining = set(self.architecture.blocks)
         waiting = {layer.name: layer for layer in self._planned(OUTSIDE) if layer.needs}
         outside: list[Answer] = []
+        sample = None if self.rescaling is None else self.rescaling.sample
         with (
             self._embeddings_on_demand(models),
-            Calibration(
-                self.model, original, self.architecture, self.batches, list(waiting), self.sample
-            ) as calibration,
+            Calibration(self.model, original, self.architecture, self.batches, list(waiting), sample) as calibration,
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
@@ -105,17 +102,13 @@ class Run:
                 remaining.discard(at)
                 last = not (remaining or waiting)
                 self._load(at, models)
-                ahead = None if self.rescaling is None else calibration.look_ahead()
+                rescaled = self._rescale(at, calibration)
                 if self.journal.done(at):  # in an earlier run, or in this one: some models run a block several times
                     self._restore(at)
                     if not last:
                         calibration.pass_through()
                 else:
-                    planned, rescaled = self._planned(at), Rescaled()
-                    if self.rescaling is not None and ahead is not None:
-                        rescaled = self.rescaling.apply(at, ahead, planned)
-                        ahead = None  # its inputs can go
-                    groups = calibration.observe(planned, last=last, divisors=rescaled.divisors)
+                    groups = calibration.observe(self._planned(at), last=last, divisors=rescaled.divisors)
                     self._commit(at, self._solve(groups, rescaled.notes))
                 self._unload(at, models)
         self._execute_unseen(self.architecture.blocks)  # those that no token reached: a vision tower
@@ -123,6 +116,13 @@ class Run:
         done = {answer.report.layer for answer in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
         self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
+
+    def _rescale(self, block: str, calibration: Calibration) -> Rescaled:
+        """Rescale a block that is still as it was loaded; one that is done already is only passed by the sample."""
+        if self.rescaling is None:
+            return Rescaled()
+        ahead = calibration.look_ahead()
+        return Rescaled() if self.journal.done(block) else self.rescaling.apply(block, ahead, self._planned(block))
 
     def _execute_unseen(self, blocks: Iterable[str]) -> None:
         """Quantize the blocks that are not done yet, without any inputs."""

@@ -108,25 +108,22 @@ def quantize(
     plan = preflight.plan(chosen, architecture, skeleton)
     awq = next((transform for transform in transforms if isinstance(transform, Awq)), None)
     observed = any(layer.needs for layer in plan.values())
-    data = None
+    data, rescaling, batches = None, None, []
     if observed or awq:
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
             tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
         tokenizer = None  # some take as much memory as a block
-    preflight.check_resources(plan, architecture, skeleton, data.tokens.numel() if data else 0, out)
+        batches = data.batches() if observed else [data.tokens[:1, :_FEW]]
+        rescaling = Rescaling(awq, skeleton, draw_sample(data.tokens, awq.tokens)) if awq else None
+    preflight.check_resources(plan, architecture, skeleton, sum(batch.numel() for batch in batches), out)
 
     if restart and (partial_folder(out) / LOG).is_file():
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
     progress.start(Start(chosen, architecture, plan, data.description if data else {}, journal.resumed))
-    run = Run(source, skeleton, architecture, plan, [], journal, progress)
-    if data is not None:
-        run.batches = data.batches() if observed else [data.tokens[:1, :_FEW]]
-    if data is not None and awq is not None:
-        run.rescaling, run.sample = Rescaling(awq, skeleton), draw_sample(data.tokens, awq.tokens)
     try:
-        run.execute()
+        Run(source, skeleton, architecture, plan, batches, journal, progress, rescaling).execute()
     except BaseException:
         journal.abandon()
         raise

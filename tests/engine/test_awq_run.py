@@ -60,8 +60,8 @@ def rounded_by_hand(source, tokens):
     source.load(model)
     architecture = describe(model)
     plan = preflight.plan(recipe, architecture, model)
-    rescaling = Rescaling(Awq(), model)
-    with torch.no_grad(), Calibration(model, None, architecture, [tokens], [], draw_sample(tokens, 512)) as calibration:
+    rescaling = Rescaling(Awq(), model, draw_sample(tokens, 512))
+    with torch.no_grad(), Calibration(model, None, architecture, [tokens], [], rescaling.sample) as calibration:
         for block in architecture.blocks:
             ahead = calibration.look_ahead()
             rescaling.apply(block, ahead, [plan[name] for name in architecture.layers[block]])
@@ -99,7 +99,7 @@ def test_the_sample_sees_the_original_model(name, tokens, tmp_path, monkeypatch)
     recipe = load_recipe(AWQ)
     journal = Journal(tmp_path / "out", {}, [*architecture.blocks, ""])
     run = Run(source, model, architecture, preflight.plan(recipe, architecture, model), [tokens[:, :8]], journal)
-    run.rescaling, run.sample = Rescaling(Awq(), model), tokens
+    run.rescaling = Rescaling(Awq(), model, tokens)
     run.execute()
     assert all(isinstance(reader, Reader) for reader in seen)
     assert len(seen) > 1
@@ -117,7 +117,7 @@ def test_the_original_model_is_compared_in_the_same_units(tokens):
     architecture = describe(model)
     recipe = load_recipe({**AWQ, "quantizer": "gptq", "options": {"asym": 1.0}})
     plan = preflight.plan(recipe, architecture, model)
-    rescaling, shifts, scaled = Rescaling(Awq(), model), {}, 0
+    rescaling, shifts, scaled = Rescaling(Awq(), model, tokens), {}, 0
     batches = list(tokens.split(1))
     with torch.no_grad(), Calibration(model, original, architecture, batches, [], tokens) as calibration:
         for block in architecture.blocks:

@@ -81,6 +81,20 @@ def test_is_never_worse_than_to_leave_them(scheme, seed):
         assert error(weight, x, scheme, scales) < error(weight, x, scheme)
 
 
+def test_large_layers_are_searched_by_some_outputs_and_judged_by_all(monkeypatch):
+    weight, x = layer(rows=60)
+    whole = Awq(steps=6).search([Reader(weight, x, INT3)], torch.arange(64), 64)
+    monkeypatch.setattr("quantlab.transforms.awq._ROWS", 20)
+    part = Awq(steps=6).search([Reader(weight, x, INT3)], torch.arange(64), 64)
+    torch.testing.assert_close(part, naive([weight[::3]], x, INT3, 6), rtol=1e-4, atol=0)
+    assert error(weight, x, INT3, part) < error(weight, x, INT3)
+    assert error(weight, x, INT3, whole) <= error(weight, x, INT3, part)
+    exact = torch.randint(-4, 4, weight.shape, generator=torch.Generator().manual_seed(0)).float()
+    exact[:, ::16] = -4
+    exact[::3] = weight[::3] * 1e-3  # the outputs that are looked at would gain, all others would lose
+    assert Awq().search([Reader(exact, x, INT3)], torch.arange(64), 64) is None
+
+
 def test_leaves_alone_what_is_exact_already():
     weight = torch.randint(-4, 4, (8, 32), generator=torch.Generator().manual_seed(0)).float()
     weight[:, ::16] = -4

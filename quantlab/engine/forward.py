@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +26,21 @@ from torch import nn
 from quantlab.errors import PreflightError, QuantlabError
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of a module's call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Forward(greenlet):
     """One batch on its way through the model.
 
     Attributes:
         at: the name of the module that it stands before, or None before the start and after the end.
         input: the first argument of that module's call.
+        call: all its arguments.
         stops: names of modules before which it stands still.
     """
 
@@ -42,6 +52,7 @@ class Forward(greenlet):
         self.stops = stops
         self.at: str | None = None
         self.input: torch.Tensor | None = None
+        self.call: Call | None = None
         self.log: list[tuple[str, torch.Tensor, int]] | None = None
 
     def _forward(self) -> None:
@@ -53,7 +64,7 @@ class Forward(greenlet):
         Raises:
             PreflightError: the model's own code failed.
         """
-        self.at, self.input = None, None
+        self.at, self.input, self.call = None, None, None
         self.parent = getcurrent()
         try:
             self.switch()
@@ -71,14 +82,15 @@ class Forward(greenlet):
         if self and not self.dead:
             self.parent = getcurrent()
             self.throw(GreenletExit)
-        self.at, self.input = None, None
+        self.at, self.input, self.call = None, None, None
 
-    def arrive(self, name: str, x: torch.Tensor) -> None:
-        """Called by a hook before the module ``name`` runs on ``x``."""
+    def arrive(self, name: str, call: Call) -> None:
+        """Called by a hook before the module ``name`` is called."""
+        x = call.args[0] if call.args else next(iter(call.kwargs.values()))
         if self.log is not None:
             self.log.append((name, x, x._version))
         if name in self.stops:
-            self.at, self.input = name, x
+            self.at, self.input, self.call = name, x, call
             assert self.parent is not None
             self.parent.switch()
 
@@ -91,7 +103,7 @@ def watched(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             current = getcurrent()
             if isinstance(current, Forward):
-                current.arrive(name, args[0] if args else next(iter(kwargs.values())))
+                current.arrive(name, Call(args, kwargs))
 
         return before
 

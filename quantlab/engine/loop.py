@@ -13,7 +13,7 @@ without stopping: the same arithmetic as the first time, so the run ends with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,7 @@ from torch import nn
 from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import Architecture, add_to_bias, get_weight, replace_tensor, set_weight
+from quantlab.engine.awq import Rescaled, Rescaling
 from quantlab.engine.journal import Journal
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
@@ -49,6 +50,7 @@ class Run:
         batches: calibration token ids, each ``[sequences, length]``; empty if no method needs inputs.
         journal: where finished blocks are written and remembered.
         progress: told of each block and layer.
+        rescaling: what is done to blocks before they are quantized, if anything.
     """
 
     source: ModelSource
@@ -58,6 +60,7 @@ class Run:
     batches: list[torch.Tensor]
     journal: Journal
     progress: Progress = field(default_factory=Silent)
+    rescaling: Rescaling | None = None
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -86,9 +89,10 @@ class Run:
         remaining = set(self.architecture.blocks)
         waiting = {name: self.plan[name] for name in self.architecture.outside if name in self.plan}
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
+        sample = None if self.rescaling is None else self.rescaling.sample
         with (
             self._embeddings_on_demand(models, lookups),
-            Calibration(self.model, original, self.architecture, self.batches, list(waiting)) as calibration,
+            Calibration(self.model, original, self.architecture, self.batches, list(waiting), sample) as calibration,
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
@@ -100,18 +104,27 @@ class Run:
                 remaining.discard(at)
                 last = not (remaining or waiting)
                 self._load(at, models)
+                rescaled = self._rescale(at, calibration)
                 if self.journal.done(at):  # in an earlier run, or in this one: some models run a block several times
                     self._restore(at)
                     if not last:
                         calibration.pass_through()
                 else:
-                    self._commit(at, self._solve(calibration.observe(self._planned(at), last=last)))
+                    groups = calibration.observe(self._planned(at), last=last, divisors=rescaled.divisors)
+                    self._commit(at, self._solve(groups, rescaled.notes))
                 self._unload(at, models)
         self._execute_unseen(self.architecture.blocks)  # those that no token reached: a vision tower
         self._load_outside()
         done = {answer.report.layer for answer in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
         self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
+
+    def _rescale(self, block: str, calibration: Calibration) -> Rescaled:
+        """Rescale a block that is still as it was loaded; one that is done already is only passed by the sample."""
+        if self.rescaling is None:
+            return Rescaled()
+        ahead = calibration.look_ahead()
+        return Rescaled() if self.journal.done(block) else self.rescaling.apply(block, ahead, self._planned(block))
 
     def _execute_unseen(self, blocks: Iterable[str]) -> None:
         """Quantize the blocks that are not done yet, without any inputs."""
@@ -121,14 +134,25 @@ class Run:
                 self._commit(block, self._solve(_unseen(self._planned(block))))
                 self._unload(block, [self.model])
 
-    def _solve(self, groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]]) -> list[Answer]:
-        """Solve groups of layers as they come, and put the quantized weights in their places."""
+    def _solve(
+        self,
+        groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]],
+        notes: Mapping[str, str] | None = None,
+    ) -> list[Answer]:
+        """Solve groups of layers as they come, and put the quantized weights in their places.
+
+        Args:
+            groups: layers that share an input, with its statistics.
+            notes: by layer, to be added to its report.
+        """
         answers = []
         for group, statistics in groups:
             return_freed_memory()  # before and after a solve: both leave holes where the other's needs do not fit
             modules = {layer.name: self.model.get_submodule(layer.name) for layer in group}
             weights = {name: get_weight(module) for name, module in modules.items()}
-            for answer in solve(group, weights, statistics):
+            if not any(layer.needs for layer in group):
+                statistics = None  # tokens passed, but nobody looked at them
+            for answer in solve(group, weights, statistics, notes):
                 module = modules[answer.report.layer]
                 set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
                 if answer.bias is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from quantlab.engine.architecture import Architecture
+from quantlab.engine.awq import Ahead
 from quantlab.engine.forward import Forward, shared_inputs, watched
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.statistics import InputAccumulator
 from quantlab.problem import InputStatistics, Statistic
 
 # Tokens of the first batch that run ahead of the others to see which layers share an input.
-_SCOUT_TOKENS = 8
+_SCOUT_TOKENS = 32
 # Every fourth batch is not compared with the original model: the comparison costs as much as all the rest. One batch in
 # eight is held out of it, to judge what the others say.
 _NOT_COMPARED = 4
@@ -32,6 +33,7 @@ class Calibration:
         architecture: the parts of both.
         batches: token ids, each int64 ``[sequences, length]``.
         outside: layers outside the blocks that will be observed after the last block.
+        sample: token ids that go ahead of the batches, see :meth:`look_ahead`; None if nobody will.
 
     A context manager: leaving it cancels the forwards and removes the hooks.
     """
@@ -43,6 +45,7 @@ class Calibration:
         architecture: Architecture,
         batches: list[torch.Tensor],
         outside: Iterable[str],
+        sample: torch.Tensor | None = None,
     ) -> None:
         self.models = [model] if original is None else [model, original]
         self._architecture = architecture
@@ -58,7 +61,10 @@ class Calibration:
         self._last: _Group | None = None
         self._width = 0
         # It stops before a head, too: running one takes time and memory, and shows nothing.
-        self._scout = Forward(model, batches[0][:1, :_SCOUT_TOKENS], self._blocks | set(architecture.outside))
+        ahead = self._blocks | set(architecture.outside)
+        self._scout = Forward(model, batches[0][:1, :_SCOUT_TOKENS], ahead)
+        self._sample = None if sample is None else Forward(model, sample, ahead)
+        self._divisors: Mapping[str, torch.Tensor] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -67,16 +73,34 @@ class Calibration:
             self._hooks.enter_context(watched(model, [*self._architecture.blocks, *self._architecture.all_layers]))
         self._advance(range(len(self._forwards)))
         self._scout.advance()
+        if self._sample is not None:
+            self._sample.advance()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for forward in [self._scout, *self._forwards, *self._twins.values()]:
-            forward.cancel()
+        for forward in [self._scout, self._sample, *self._forwards, *self._twins.values()]:
+            if forward is not None:
+                forward.cancel()
         self._hooks.close()
 
     def standing_before(self) -> str | None:
         """The block or layer before which the batches stand; None when they are through."""
         return self._forwards[0].at
+
+    def look_ahead(self) -> Ahead:
+        """Send the sample through the block before which the batches stand, while its weights are the original ones."""
+        assert self._sample is not None
+        self._follow(self._scout)
+        self._follow(self._sample)
+        log: list[tuple[str, torch.Tensor, int]] = []
+        self._sample.log = log
+        self._sample.advance()
+        self._sample.log = None
+        inputs: dict[str, list[torch.Tensor]] = {}
+        for name, x, version in log:
+            if x._version == version:  # else somebody wrote into it since
+                inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+        return Ahead(self._scout.call, {name: torch.cat(parts) for name, parts in inputs.items()})
 
     def pass_through(self) -> None:
         """Run every batch through the block before which it stands, without observing anything."""
@@ -84,7 +108,7 @@ class Calibration:
         self._advance(range(len(self._forwards)))
 
     def observe(
-        self, layers: list[PlannedLayer], *, last: bool
+        self, layers: list[PlannedLayer], *, last: bool, divisors: Mapping[str, torch.Tensor] | None = None
     ) -> Iterator[tuple[list[PlannedLayer], InputStatistics]]:
         """Run every batch through the block, stopping at ``layers``.
 
@@ -95,7 +119,10 @@ class Calibration:
         Args:
             layers: of the block before which the batches stand, in the order of definition.
             last: nothing after these layers will be observed: the batches need not go on behind them.
+            divisors: of layers whose inputs were rescaled, ``[in]``: what their inputs in the original model are to be
+                divided by before the two are compared.
         """
+        self._divisors = divisors or {}
         groups = [_Group([layer]) for layer in layers]
         if self.standing_before() in self._blocks:
             groups = self._group(layers)
@@ -143,9 +170,13 @@ class Calibration:
 
     def _scout_ahead(self) -> None:
         """Send the scout through the block before which the batches stand."""
-        while self._scout.at != self.standing_before() and not self._scout.dead:
-            self._scout.advance()
+        self._follow(self._scout)
         self._scout.advance()
+
+    def _follow(self, forward: Forward) -> None:
+        """Let a forward come to where the batches stand."""
+        while forward.at != self.standing_before() and not forward.dead:
+            forward.advance()
 
     def _advance(self, indices: Iterable[int]) -> None:
         for index in indices:
@@ -165,7 +196,10 @@ class Calibration:
             while twin.at != forward.at and not twin.dead:
                 twin.advance()
             if group is not None and Statistic.SHIFT in group.wanted:
-                group.compare(forward.input, twin.input, held_out=index in self._held_out)
+                original, divisor = twin.input, self._divisors.get(forward.at)
+                if divisor is not None and original is not None:
+                    original = original / divisor
+                group.compare(forward.input, original, held_out=index in self._held_out)
                 if group is self._last:
                     twin.cancel()
                 elif self._writes_residual(group):

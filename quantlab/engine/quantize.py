@@ -20,7 +20,8 @@ from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
 from quantlab.engine.ahead import look_ahead
-from quantlab.engine.architecture import describe
+from quantlab.engine.architecture import Architecture, describe
+from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
@@ -29,9 +30,11 @@ from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
 from quantlab.errors import PreflightError
 from quantlab.recipe import Recipe, load_recipe
-from quantlab.transforms import Hadamard, make_transform
+from quantlab.transforms import Awq, Hadamard, Transform, make_transform
 
 RECIPE = "recipe.yaml"
+# Tokens that go through the blocks where no layer wants to know its inputs and only a transform looks at some.
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -106,27 +109,28 @@ def quantize(
     original_bytes = parameter_bytes(skeleton)
     architecture = describe(skeleton)
     plan = preflight.plan(chosen, architecture, skeleton)
-    notes: tuple[str, ...] = ()
-    for transform in transforms:
-        if isinstance(transform, Hadamard):
-            source, notes = rotate(source, architecture, transform)
-            skeleton = source.skeleton()
-    data = None
-    if any(layer.needs for layer in plan.values()):
+    source, notes = _rotated(source, architecture, transforms)
+    skeleton = source.skeleton() if notes is not None else skeleton
+    awq = next((transform for transform in transforms if isinstance(transform, Awq)), None)
+    observed = any(layer.needs for layer in plan.values())
+    data, rescaling, batches = None, None, []
+    if observed or awq:
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
             tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
         tokenizer = None  # some take as much memory as a block
-    preflight.check_resources(plan, architecture, skeleton, data.tokens.numel() if data else 0, out)
+        batches = data.batches() if observed else [data.tokens[:1, :_FEW]]
+        rescaling = Rescaling(awq, skeleton, draw_sample(data.tokens, awq.tokens)) if awq else None
+    preflight.check_resources(plan, architecture, skeleton, sum(batch.numel() for batch in batches), out)
 
     if restart and (partial_folder(out) / LOG).is_file():
         shutil.rmtree(partial_folder(out))
     journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
-    batches, described = (data.batches(), data.description) if data else ([], {})
+    described = data.description if data else {}
     try:
         plan = look_ahead(plan, source, skeleton, architecture)
-        progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes=notes))
-        Run(source, skeleton, architecture, plan, batches, journal, progress).execute()
+        progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes=notes or ()))
+        Run(source, skeleton, architecture, plan, batches, journal, progress, rescaling).execute()
     except BaseException:
         journal.abandon()
         raise
@@ -143,6 +147,14 @@ def quantize(
     )
     progress.finish()
     return result
+
+
+def _rotated(
+    source: ModelSource, architecture: Architecture, transforms: Iterable[Transform]
+) -> tuple[ModelSource, tuple[str, ...] | None]:
+    """The source with the rotations that were asked for, and what to know of them; None if there are none."""
+    rotation = next((transform for transform in transforms if isinstance(transform, Hadamard)), None)
+    return (source, None) if rotation is None else rotate(source, architecture, rotation)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

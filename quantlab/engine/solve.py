@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -76,7 +76,10 @@ class Answer:
 
 
 def solve(
-    layers: Iterable[PlannedLayer], weights: Mapping[str, torch.Tensor], statistics: InputStatistics | None
+    layers: Iterable[PlannedLayer],
+    weights: Mapping[str, torch.Tensor],
+    statistics: InputStatistics | None,
+    notes: Mapping[str, str] | None = None,
 ) -> list[Answer]:
     """Quantize layers that share their input.
 
@@ -86,11 +89,12 @@ def solve(
         layers: what to do.
         weights: by layer name, ``[out, in]`` in any dtype.
         statistics: of the shared input, or None if no layer needs any.
+        notes: by layer, what was noted of it before.
 
     Returns:
         An answer for each layer, in order.
     """
-    layers = list(layers)
+    layers, notes = list(layers), notes or {}
     check_finite(layers, weights, statistics)
     answers = []
     for _, members in groupby(layers, key=lambda layer: layer.scheme):
@@ -98,7 +102,13 @@ def solve(
         stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
         for part in stacks:
             answers += _solve_stack(part, [weights[layer.name].float() for layer in part], statistics)
-    return answers
+    return [_with_note(answer, notes.get(answer.report.layer)) for answer in answers]
+
+
+def _with_note(answer: Answer, note: str | None) -> Answer:
+    if note is None:
+        return answer
+    return replace(answer, report=replace(answer.report, notes=(note, *answer.report.notes)))
 
 
 def check_finite(

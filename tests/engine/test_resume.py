@@ -165,6 +165,9 @@ def test_killed_and_started_again(where, original, quantized, run, tokens, tmp_p
         ("gpt2-bf16", {"layers": {"lm_head": {"format": "int8"}}}),
         ("bart", {}),
         ("llama-bf16", {"quantizer": "rtn", "scale_search": "absmax"}),
+        ("llama-bf16", {"transforms": "awq", "options": {"asym": 1.0}}),
+        ("mixtral", {"transforms": "awq", "quantizer": "rtn", "scale_search": "absmax"}),
+        ("albert-groups", {"transforms": "awq"}),
     ],
 )
 def test_killed_twice(name, changes, original, run, tokens, tmp_path):

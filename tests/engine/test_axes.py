@@ -19,7 +19,7 @@ FORMATS = [
     *("int2", "int3", "int4", "int5", "int6", "int7", "int8", "int4-narrow", "e2m1", "e3m1", "e2m2", "e3m2", "e2m3"),
     *("e4m3", "e5m2", "nf3", "nf4", "fp4", "power3", "power4:0.6", "power4:network", "codebook2", "codebook4"),
 ]
-TRANSFORMS = ["none", "awq", "hadamard"]
+TRANSFORMS = {"none": {}, "awq": {"awq": {"steps": 3}}, "hadamard": {"hadamard": {}}}
 ROUNDING = ["rtn", "gptq"]
 REPAIRS = ["none", "lorc", "qera-exact"]
 GRANULARITIES = ["tensor", "channel", 32, 64]
@@ -84,7 +84,7 @@ def test_all_formats(transform, quantizer, compensation, granularity, original, 
     choices = {
         "granularity": granularity,
         "quantizer": quantizer,
-        "transforms": transform,
+        "transforms": TRANSFORMS[transform],
         "compensation": compensation,
         "compensation_options": {} if compensation == "none" else {"rank": 3},
     }

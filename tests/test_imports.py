@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from quantlab.errors import RecipeError
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "quantlab": ROOT / "quantlab",
@@ -233,3 +235,29 @@ def test_what_goes_up_is_seen(module, other):
 def test_rings_are_seen():
     assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()})) == {"a", "b", "c"}
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_no_method_and_nothing_of_the_engine_names_a_format_and_no_format_a_method():
+    """The axes are independent: no string that is just such a name stands in the other's sources."""
+    from quantlab.compensation import compensation_names
+    from quantlab.numerics import format_called
+    from quantlab.quantizers import quantizer_names
+    from quantlab.transforms import transform_names
+
+    def is_format(text: str) -> bool:
+        try:
+            format_called(text)
+        except RecipeError:
+            return False
+        return True
+
+    methods = {*quantizer_names(), *compensation_names(), *transform_names()}
+    for module, path in sources().items():
+        part = ".".join(module.split(".")[:2])
+        words = {n.value for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)}
+        texts = {word for word in words if isinstance(word, str)}
+        if part in {"quantlab.engine", *(f"quantlab.{axis}" for axis in PARTS)}:
+            named = {text for text in texts if is_format(text)} - {"int8"}  # which is a dtype, too
+            assert not named, module
+        if part == "quantlab.numerics":
+            assert not texts & methods, module

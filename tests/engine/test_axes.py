@@ -1,4 +1,4 @@
-"""Everything combines with everything: every format, each in a block of its own, under every choice on the other axes."""
+"""Everything combines: every format, each in a block of its own, under every choice on the other axes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def check(original: Path, out: Path, choices: dict) -> None:
     for report in result.reports:
         module, prefix = quantized[report.layer], f"{report.layer}."
         stored = [t for n, t in tensors.items() if n.startswith(prefix) and not n.endswith(".bias")]
-        assert sum(t.numel() * t.element_size() for t in stored) == report.bytes == module.to_qtensor().stored_bits() // 8
+        assert (
+            sum(t.numel() * t.element_size() for t in stored) == report.bytes == module.to_qtensor().stored_bits() // 8
+        )
         assert report.bits == pytest.approx(8 * report.bytes / (module.in_features * module.out_features))
         assert torch.isfinite(torch.tensor(report.error))
 

@@ -110,7 +110,7 @@ def test_a_file_and_a_mapping_say_the_same(tmp_path):
     [
         ("formats=in4", "format 'in4' is unknown"),
         ("formats=int4,none", "format none leaves a layer as it is"),
-        ("quantizers=gtpq", "quantizer 'gtpq' is unknown; use one of gptq, rtn"),
+        ("quantizers=gtpq", "quantizer 'gtpq' is unknown; use one of gptq, hqq, rtn"),
         ("quantizers=gptq(dampnig=1)", "no option 'dampnig'"),
         ("quantizers=gptq(damping=2)", "damping 2"),
         ("quantizers=gptq(damping)", "'damping' is not option=value"),

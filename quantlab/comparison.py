@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModuleSource, open_source
 from quantlab.engine import preflight
-from quantlab.engine.architecture import Architecture, describe
+from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.progress import Progress, Silent, Start
-from quantlab.engine.survey import OUTSIDE, Measured, Plan, Survey, choose_layers, plan_each, wanted
+from quantlab.engine.survey import Measured, Plan, Survey, choose_layers, plan_each, wanted
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.problem import Statistic
 from quantlab.recipe import Recipe, Scheme, load_recipe

@@ -88,6 +88,10 @@ class Solution:
     target: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
+    def target_for(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the method approximated: ``target``, or the layer's ``weight`` itself."""
+        return weight if self.target is None else self.target
+
 
 _ATTRIBUTES = {
     Statistic.SECOND_MOMENT: "second_moment",

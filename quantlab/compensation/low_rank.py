@@ -89,7 +89,7 @@ class LowRankRepair:
             notes = ("no calibration token reached it: corrected as if all inputs were alike",)
         objective = _best_known(statistics, metric)
         solution = rounding.quantize(problem, scheme)
-        target = problem.weight if solution.target is None else solution.target
+        target = solution.target_for(problem.weight)
         best = latest = self._repaired(solution, target, metric, objective)
         outside = self._preserved(target, metric)
         for _ in range(self.iterations - (outside is None)):

@@ -40,7 +40,7 @@ class BiasCorrection:
         if not statistics.tokens:
             return replace(solution, notes=(*solution.notes, _UNSEEN.format("mean")))
         assert statistics.mean is not None
-        target = problem.weight if solution.target is None else solution.target
+        target = solution.target_for(problem.weight)
         error = target - solution.qtensor.dequantize()
         return replace(solution, loss=None, bias=_times(error, statistics.mean))
 
@@ -81,7 +81,7 @@ class StatisticsCorrection:
         if not statistics.tokens:
             return replace(solution, notes=(*solution.notes, _UNSEEN.format("mean and variance")))
         assert statistics.mean is not None
-        target = problem.weight if solution.target is None else solution.target
+        target = solution.target_for(problem.weight)
         qtensor = solution.qtensor
         wanted, found = _variance(target, statistics), _variance(qtensor.dequantize(), statistics)
         factor = (wanted / found).sqrt()

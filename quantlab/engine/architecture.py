@@ -15,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from quantlab.errors import PreflightError
 from quantlab.nn import UnfusedExperts
 
+# The name of what is in no block: embeddings, the last norm, the head.
+OUTSIDE = ""
+
 # Subclasses of nn.Linear that compute what nn.Linear computes. Other subclasses (routers, layers of several groups) may
 # not, and stay as they are.
 _PLAIN_SUBCLASSES = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
@@ -47,6 +50,10 @@ class Architecture:
     def quantizable(self) -> list[str]:
         """Everything that a recipe can name: linear layers and embeddings."""
         return [*self.all_layers, *self.embeddings]
+
+    def place_of(self, parameter: str) -> str:
+        """The block that a parameter or module belongs to, or ``OUTSIDE``."""
+        return self.block_of(parameter) or OUTSIDE
 
     def block_of(self, parameter: str) -> str | None:
         """The block that a parameter or module belongs to, or None."""

@@ -23,7 +23,7 @@ from torch import nn
 
 from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
-from quantlab.engine.architecture import Architecture, add_to_bias, get_weight, replace_tensor, set_weight
+from quantlab.engine.architecture import OUTSIDE, Architecture, add_to_bias, get_weight, replace_tensor, set_weight
 from quantlab.engine.awq import Rescaled, Rescaling
 from quantlab.engine.journal import Journal
 from quantlab.engine.memory import return_freed_memory
@@ -33,9 +33,6 @@ from quantlab.engine.solve import Answer, PlannedLayer, solve
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 from quantlab.problem import InputStatistics, Statistic
-
-# The name of what is in no block: embeddings, the last norm, the head.
-OUTSIDE = ""
 
 
 @dataclass
@@ -201,7 +198,7 @@ class Run:
         return [self.plan[name] for name in names if name in self.plan]
 
     def _belongs(self, name: str, block: str) -> bool:
-        return (self.architecture.block_of(name) or OUTSIDE) == block
+        return self.architecture.place_of(name) == block
 
     def _load(self, block: str, models: list[nn.Module]) -> None:
         self.progress.block(block)

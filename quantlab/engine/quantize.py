@@ -20,12 +20,12 @@ from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
 from quantlab.engine.ahead import look_ahead
-from quantlab.engine.architecture import Architecture, describe
+from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
-from quantlab.engine.loop import OUTSIDE, Run
+from quantlab.engine.loop import Run
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
 from quantlab.errors import PreflightError

@@ -174,7 +174,7 @@ def _row_errors(
     weight: torch.Tensor, solution: Solution, statistics: InputStatistics | None
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Squared error and energy of each output, and the metric that they are in: the best that is known."""
-    target = weight if solution.target is None else solution.target
+    target = solution.target_for(weight)
     if statistics is not None and statistics.tokens and statistics.second_moment is not None:
         moment, loss = statistics.second_moment, solution.loss
         if loss is None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from quantlab.checkpoint.source import ModelSource
-from quantlab.engine.architecture import Architecture, features, get_weight
+from quantlab.engine.architecture import OUTSIDE, Architecture, features, get_weight
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.preflight import undivided, unmatched
@@ -32,9 +32,6 @@ from quantlab.errors import PreflightError, RecipeError
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
 from quantlab.quantizers import Quantizer
 from quantlab.recipe import Scheme, matches
-
-# The name of what is in no block: embeddings, the last norm, the head.
-OUTSIDE = ""
 
 Plan = dict[str, PlannedLayer]
 """What to do with each layer, by name."""
@@ -169,7 +166,7 @@ class Survey:
         return_freed_memory()
 
     def _belongs(self, name: str, place: str) -> bool:
-        return (self.architecture.block_of(name) or OUTSIDE) == place
+        return self.architecture.place_of(name) == place
 
 
 def choose_layers(

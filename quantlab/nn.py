@@ -279,17 +279,17 @@ class QuantLinear(_Quantized):
         return quantized_linear(*arguments, self.storage.offset)
 
     def _operands(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Scales and low-rank factors as kernels take them: scales of two levels and factors of int8 are decoded, once."""
+        """Scales and low-rank factors as kernels take them: scales of two levels and int8 factors are decoded, once."""
+        left, right = self.low_rank_left, self.low_rank_right
+        low_rank = None if left is None or right is None else (left, right)
         if self.outer_scales is None and self.low_rank_scales is None:
-            plain = self.low_rank_left is not None and self.low_rank_right is not None
-            return self.scales, (self.low_rank_left, self.low_rank_right) if plain else None
+            return self.scales, low_rank
         if self._decoded is None:
-            scales, low_rank = self.scales, None
+            scales = self.scales
             if self.outer_scales is not None:
                 scales = decode_scales(scales, OuterScales(self.outer_scales, self.outer_offset))
-            if self.low_rank_left is not None and self.low_rank_right is not None:
-                factors = LowRank(self.low_rank_left, self.low_rank_right, self.low_rank_scales)
-                low_rank = (factors.scaled_left(), factors.right)
+            if low_rank is not None:
+                low_rank = (LowRank(*low_rank, self.low_rank_scales).scaled_left(), low_rank[1])
             self._decoded = (scales, low_rank)
         return self._decoded
 

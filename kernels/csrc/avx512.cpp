@@ -346,6 +346,9 @@ struct Values {
     uint16_t data[256] = {};
 };
 
+// Bytes. Rows this short begin and end so often that several are read at once; longer ones are faster as one stream.
+constexpr int64_t kShortRow = 1024;
+
 template <int BITS>
 void multiply(const Job &job, int64_t begin, int64_t end) {
     const Values values(*job.weight);
@@ -358,7 +361,10 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
         part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
-            case 1: multiply_rows<BITS, 1, 1>(part, codes, begin, end); break;
+            case 1:
+                if (job.row_bytes > kShortRow) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
+                else multiply_rows<BITS, 1, 4>(part, codes, begin, end);
+                break;
             case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
             case 4: multiply_rows<BITS, 4, 2>(part, codes, begin, end); break;
             default: multiply_rows<BITS, 8, 2>(part, codes, begin, end);

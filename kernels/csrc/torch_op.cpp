@@ -21,13 +21,17 @@ struct Kernels {
     int64_t most_rows;
 } kernels;
 
+// Asked of torch as a number: its stable interface does not know all types by name.
 int type_of(const Tensor &tensor) {
-    switch (tensor.scalar_type()) {
-        case torch::headeronly::ScalarType::Float: return QL_FLOAT32;
-        case torch::headeronly::ScalarType::Half: return QL_FLOAT16;
-        case torch::headeronly::ScalarType::BFloat16: return QL_BFLOAT16;
-        case torch::headeronly::ScalarType::Char: return QL_INT8;
-        case torch::headeronly::ScalarType::Float8_e8m0fnu: return QL_E8M0;
+    using torch::headeronly::ScalarType;
+    int32_t type = -1;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+    switch (static_cast<ScalarType>(type)) {
+        case ScalarType::Float: return QL_FLOAT32;
+        case ScalarType::Half: return QL_FLOAT16;
+        case ScalarType::BFloat16: return QL_BFLOAT16;
+        case ScalarType::Char: return QL_INT8;
+        case ScalarType::Float8_e8m0fnu: return QL_E8M0;
         default: return -1;
     }
 }

@@ -11,10 +11,10 @@ import torch
 
 from quantlab_kernels import native, reference
 
-# Up to so many rows of activations a kernel reads codes as they are; with more it pays to decode a panel of the weight into
-# cache and to multiply that as usual (docs/kernels.md has the measurement).
-FEW_ROWS = 12
-_PANEL = 1 << 20  # bytes of a decoded panel, which should stay in the second-level cache
+# Up to so many rows of activations a kernel reads codes as they are; with more it pays to decode a panel of the weight
+# into cache and to multiply that as usual (docs/kernels.md has the measurement).
+FEW_ROWS = 32
+_PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
 KERNELS = ("reference", *(f"cpu-{isa}" for isa in native.ISAS))
 
 
@@ -24,7 +24,7 @@ class Choice:
 
     Attributes:
         kernel: one of :data:`KERNELS`.
-        panels: whether the weight is decoded a panel at a time, which torch multiplies; else codes are multiplied as stored.
+        panels: whether the weight is decoded a panel at a time, which torch multiplies; else codes are read as stored.
         why: the reason, where it is not the best kernel of the machine.
     """
 
@@ -130,8 +130,10 @@ def linear(
 def _by_panels(x: torch.Tensor, weight: native.Weight) -> torch.Tensor:
     """``x [rows, columns]`` times the weight, never decoded as a whole."""
     aligned = weight.aligned(x)
-    y = x.new_empty(x.shape[0], weight.outputs)
     outputs = max(_PANEL // (aligned.shape[1] * x.element_size()), 32)
+    if outputs >= weight.outputs:
+        return torch.nn.functional.linear(aligned, weight.decoded(0, weight.outputs, x.dtype))
+    y = x.new_empty(x.shape[0], weight.outputs)
     for begin in range(0, weight.outputs, outputs):
         end = min(begin + outputs, weight.outputs)
         y[:, begin:end] = torch.nn.functional.linear(aligned, weight.decoded(begin, end, x.dtype))

@@ -1,9 +1,9 @@
 """The compiled CPU library: where it is, what it can do, and its functions on tensors.
 
 Two parts. The kernels (``csrc/linear.cpp`` and its like) have a plain C interface and are built when the package is
-installed. ``csrc/torch_op.cpp`` registers them with torch without Python in between; it depends on torch's headers, so it is
-built when it is first needed, once for each version of torch, into a cache. Where there is no compiler the first part is
-called through ctypes, and where there is no first part :mod:`quantlab_kernels.reference` does the work.
+installed. ``csrc/torch_op.cpp`` registers them with torch without Python in between; it depends on torch's headers, so
+it is built when it is first needed, once for each version of torch, into a cache. Where there is no compiler the first
+part is called through ctypes, and where there is no first part :mod:`quantlab_kernels.reference` does the work.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _type(what: str, tensor: torch.Tensor | None) -> int:
     return _TYPES[tensor.dtype]
 
 
-# ------------------------------------------------------------------------------------------ the op that torch calls itself
+# -------------------------------------------------------------------------------------- the op that torch calls itself
 
 
 def register() -> bool:

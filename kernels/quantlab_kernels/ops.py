@@ -1,7 +1,8 @@
 """``torch.ops.quantlab.linear``: one op that torch.compile and torch.export see, whatever runs it.
 
-``linear`` is what models call. On the CPU its implementation is in C++ where that could be built (``csrc/torch_op.cpp``),
-which runs products of few rows itself and hands the others to ``linear_any``; else both are :mod:`quantlab_kernels.dispatch`.
+``linear`` is what models call. On the CPU its implementation is in C++ where that could be built
+(``csrc/torch_op.cpp``), which runs products of few rows itself and hands the others to ``linear_any``; else both are
+:mod:`quantlab_kernels.dispatch`.
 """
 
 from __future__ import annotations

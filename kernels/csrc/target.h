@@ -14,6 +14,8 @@
 #define QL_TARGET_BEGIN(features) QL_PRAGMA(GCC push_options) QL_PRAGMA(GCC target(features))
 #define QL_TARGET_END QL_PRAGMA(GCC pop_options)
 #endif
+#define QL_AVX512_BEGIN \
+    QL_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,bmi2,fma,f16c")
 #else
 #define QL_X86 0
 #endif

@@ -89,7 +89,7 @@ def random_layer(
     shape = (scale_rows or rows, groups)
     scales = torch.rand(shape, generator=generator) + 0.1
     if scale_dtype == torch.float8_e8m0fnu:
-        scales = torch.exp2(torch.randint(-8, 8, shape, generator=generator).float())
+        scales = torch.exp2(torch.randint(-8, 1, shape, generator=generator).float())
     table = torch.arange(size) - size // 2 if integers else torch.randn(size, generator=generator).sort().values * 3
     factors = None
     if rank:

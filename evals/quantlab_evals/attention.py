@@ -1,0 +1,65 @@
+"""Attention for one query, in torch's own operations, for a compiled decode step.
+
+While a token is decoded, attention is two small products over the cache. On a CPU the fused operator of torch spends
+0.1 to 0.2 ms on them in every layer, however short the cache is; the same products in plain torch become two loops
+in a compiled graph, and keys and values need not be repeated for the queries that share them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ONE_QUERY = "one_query"
+"""What transformers knows :func:`one_query_attention` by."""
+
+
+def one_query_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention as transformers calls it, in float32; SDPA where there are more queries than one.
+
+    Args:
+        module: the attention module.
+        query: ``[batch, heads, queries, width]``.
+        key: ``[batch, key heads, length, width]``; neighbouring heads of the query share one.
+        value: ``[batch, key heads, length, value width]``.
+        attention_mask: booleans (True: attend) or what is added, ``[batch or 1, 1, queries, length]``, or None.
+        scaling: of the products; None: ``1 / sqrt(width)``.
+        position_bias: handed on to SDPA, which knows what to do with one.
+        **options: for SDPA.
+
+    Returns:
+        ``[batch, queries, heads, value width]`` in the query's dtype, and None for the weights.
+    """
+    batch, heads, queries, width = query.shape
+    several_masks = attention_mask is not None and attention_mask.shape[1] != 1
+    if queries != 1 or position_bias is not None or several_masks:
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **bias, **options)
+    shared = key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    grouped = query.reshape(batch, shared, heads // shared, 1, width).float() * scale
+    scores = (grouped * key.unsqueeze(2).float()).sum(-1)
+    if attention_mask is not None:
+        mask = attention_mask.reshape(attention_mask.shape[0], 1, 1, -1)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1)
+    mixed = (weights.unsqueeze(-1) * value.unsqueeze(2).float()).sum(-2)
+    return mixed.to(query.dtype).reshape(batch, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(ONE_QUERY, one_query_attention)
+AttentionMaskInterface.register(ONE_QUERY, sdpa_mask)

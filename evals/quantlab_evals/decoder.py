@@ -159,7 +159,8 @@ class GreedyDecoder:
         if not self._compiled:
             self._run = self._next
             return self._run(tokens)
-        options: dict[str, Any] = {"cpp_wrapper": self._cpp_wrapper}
+        # Built apart, the wrapper of hundreds of calls is not optimized as a kernel is: a tenth of the time to build.
+        options: dict[str, Any] = {"cpp_wrapper": self._cpp_wrapper, "cpp_wrapper_build_separate": self._cpp_wrapper}
         if self._is_static():
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
         run = torch.compile(self._own_function(), fullgraph=True, options=options)
@@ -169,7 +170,9 @@ class GreedyDecoder:
                 found = run(tokens)
         except Exception as error:  # the compiler's kinds of failure are many: no g++, a graph break, an operator
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise EvalError(f"the decode step of {type(self.model).__name__} cannot be compiled here: {said}") from error
+            raise EvalError(
+                f"the decode step of {type(self.model).__name__} cannot be compiled here: {said}"
+            ) from error
         self.build_seconds = time.perf_counter() - started
         self._run = run
         return found

@@ -31,7 +31,12 @@ def sliding():
     torch.manual_seed(4)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = MistralConfig(
-        vocab_size=64, num_key_value_heads=2, sliding_window=6, initializer_range=0.4, max_position_embeddings=32, **sizes
+        vocab_size=64,
+        num_key_value_heads=2,
+        sliding_window=6,
+        initializer_range=0.4,
+        max_position_embeddings=32,
+        **sizes,
     )
     return MistralForCausalLM(config).eval()
 
@@ -51,7 +56,9 @@ def test_tokens_are_those_of_generate(make_model, batch):
 @pytest.mark.parametrize("make", [gpt2, sliding])
 def test_other_models(make):
     model, prompt = make(), prompts(2, 4)
-    assert torch.equal(GreedyDecoder(model, 24, batch=2, compiled=False).generate(prompt, 16), generated(model, prompt, 16))
+    assert torch.equal(
+        GreedyDecoder(model, 24, batch=2, compiled=False).generate(prompt, 16), generated(model, prompt, 16)
+    )
 
 
 def test_compiled_decoders_of_two_models_say_what_their_own_model_says(make_model):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from quantlab.benchmark import Bench, bench
     from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
     from quantlab.comparison import Comparison, compare
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from quantlab.evaluation import Evaluation, evaluate
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
+    from quantlab.prediction import Roofline, roofline
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
 
 __all__ = [
+    "Bench",
     "Comparison",
     "DescribedFormat",
     "Evaluation",
@@ -31,7 +34,9 @@ __all__ = [
     "QuantlabError",
     "Recipe",
     "Result",
+    "Roofline",
     "Scheme",
+    "bench",
     "compare",
     "evaluate",
     "formats",
@@ -40,10 +45,12 @@ __all__ = [
     "load_recipe",
     "quantize",
     "ready_recipes",
+    "roofline",
     "save_adapter",
 ]
 
 _HOMES = {
+    "Bench": "benchmark",
     "Comparison": "comparison",
     "DescribedFormat": "formats",
     "Evaluation": "evaluation",
@@ -51,7 +58,9 @@ _HOMES = {
     "QuantlabError": "errors",
     "Recipe": "recipe",
     "Result": "engine.quantize",
+    "Roofline": "prediction",
     "Scheme": "recipe",
+    "bench": "benchmark",
     "compare": "comparison",
     "evaluate": "evaluation",
     "formats": "formats",
@@ -60,6 +69,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "quantize": "engine.quantize",
     "ready_recipes": "recipe",
+    "roofline": "prediction",
     "save_adapter": "checkpoint.adapter",
 }
 

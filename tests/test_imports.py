@@ -29,7 +29,20 @@ MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.n
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
-API = {f"quantlab.{part}" for part in ("formats", "inspection", "evaluation", "variants", "comparison", "sweep")}
+API = {
+    f"quantlab.{part}"
+    for part in (
+        "formats",
+        "inspection",
+        "evaluation",
+        "variants",
+        "comparison",
+        "benchmark",
+        "devices",
+        "prediction",
+        "sweep",
+    )
+}
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
     "quantlab_evals": set(),
@@ -51,6 +64,9 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.evaluation": TOP,
     "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},
     "quantlab.comparison": TOP | {"quantlab.variants"},
+    "quantlab.benchmark": TOP,
+    "quantlab.devices": {"quantlab.errors", "quantlab_evals"},
+    "quantlab.prediction": TOP | {"quantlab.devices"},
     "quantlab.sweep": TOP | {"quantlab.evaluation"},
     "quantlab.cli": TOP | API | {"quantlab"},
     "quantlab": TOP | API,  # its __init__, the public names

@@ -47,8 +47,8 @@ def one_query_attention(
     batch, heads, queries, width = query.shape
     several_masks = attention_mask is not None and attention_mask.shape[1] != 1
     if queries != 1 or position_bias is not None or several_masks:
-        bias = {} if position_bias is None else {"position_bias": position_bias}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **bias, **options)
+        options |= {"scaling": scaling, "position_bias": position_bias}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     shared = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     grouped = query.reshape(batch, shared, heads // shared, 1, width).float() * scale

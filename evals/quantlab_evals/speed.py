@@ -168,7 +168,7 @@ def measure_speed(
     turns = [_Turn(name, model, batch, compiled, settings) for name, model, batch, compiled in _turns(models, settings)]
     total = len(turns) * (settings.rounds + 1)
     for index in range(settings.rounds + 1):
-        # The first round compiles and warms up, and is not counted. Then the order turns, so that nobody is always last.
+        # The first round compiles and warms up, uncounted. The order turns, so that nobody is always last.
         start = index % len(turns)
         for place, turn in enumerate(turns[start:] + turns[:start]):
             if progress is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.compare import EXAMPLES, compare
+from quantlab.cli import bench, compare, roofline
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
 
@@ -198,7 +198,9 @@ def inspect_(
         output.answer(document, *show.inspected(inspection, layers, fold=bool(chosen["fold"]), hidden=hidden))
 
 
-app.command(epilog=EXAMPLES)(compare)
+app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
 
 
 @app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")

@@ -4,7 +4,7 @@ from quantlab.numerics.fit import Sample
 from quantlab.numerics.format import Format, format_called, grid
 from quantlab.numerics.grid import Grid
 from quantlab.numerics.qtensor import LowRank, QTensor
-from quantlab.numerics.scale import Granularity, Scales, apply_scales, choose_scales, group_view
+from quantlab.numerics.scale import Granularity, Scales, apply_scales, choose_scales, group_view, zero_dtype
 from quantlab.numerics.scale_type import OuterScales, ScaleType, decode_scales, scale_type
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "grid",
     "group_view",
     "scale_type",
+    "zero_dtype",
 ]

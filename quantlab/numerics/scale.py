@@ -91,7 +91,7 @@ def choose_scales(
         return Scales(*_best_stored(groups, grid, candidates, outer, weights), outer)
     encoded = kind.encode(chosen, outer)
     if zeros is not None:
-        zeros = _zeros_for(grid, chosen, zeros, decode_scales(encoded, outer)).to(_zero_dtype(grid, kind))
+        zeros = _zeros_for(grid, chosen, zeros, decode_scales(encoded, outer)).to(zero_dtype(grid, kind))
     return Scales(encoded, zeros, outer)
 
 
@@ -104,8 +104,9 @@ def apply_scales(weight: torch.Tensor, grid: Grid, scales: Scales) -> torch.Tens
     return grid.nearest(scaled).flatten(1)
 
 
-def _zero_dtype(grid: Grid, kind: ScaleType) -> torch.dtype:
-    if grid.is_integer:
+def zero_dtype(grid: Grid | None, kind: ScaleType) -> torch.dtype:
+    """How zeros are stored, for a grid (None: one that is fitted, which has no integers) and a way to store scales."""
+    if grid is not None and grid.is_integer:
         return torch.int8
     return kind.dtype if kind.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
 
@@ -140,7 +141,7 @@ def _candidates(
         stored = [*kind.neighbours(chosen, outer), *stored]
     if zeros is None:
         return [(scales, None) for scales in stored]
-    dtype = _zero_dtype(grid, kind)
+    dtype = zero_dtype(grid, kind)
     return [(scales, _zeros_for(grid, chosen, zeros, decode_scales(scales, outer)).to(dtype)) for scales in stored]
 
 

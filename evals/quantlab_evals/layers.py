@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .timing import Timing, timed
 
-_FLUSH_BYTES = 96 << 20  # read between two layers: more than any cache of today's processors but the largest holds
+_FLUSH_BYTES = 96 << 20  # read before the calls of a round: more than most processors' last cache holds
+_CALLS = 8  # timed in a round: how many layers of a kind, at most
 
 Layers = Mapping[str, tuple[Sequence[nn.Module], Tensor]]
 """By name: layers that are alike, and what they are called with."""
@@ -19,14 +22,14 @@ Layers = Mapping[str, tuple[Sequence[nn.Module], Tensor]]
 def layer_timings(
     layers: Layers, *, rounds: int = 10, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Timing]:
-    """Call layers in turns and take the time of each call.
+    """Call layers as a model calls them while it decodes, in turns, and take the time of each call.
 
-    Before every call other memory is read, so that the weights are not in a cache; that is how a layer is met while a
-    model decodes that is larger than the cache. Each round calls one of the layers of each name, the next one in turn.
+    In each round, and for each name, other memory is read until no weight is left in a cache; then the layers of that
+    name are called one after the other. The first call is not counted where there are more: it brings the code back.
 
     Args:
         layers: see above.
-        rounds: calls of each name, after one that is not counted.
+        rounds: of which each gives the median of its calls; one more comes first and is not counted.
         progress: told after each round.
 
     Returns:
@@ -36,11 +39,14 @@ def layer_timings(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for index in range(rounds + 1):
         for name, (alike, x) in layers.items():
-            layer = alike[index % len(alike)]
             flush.sum()
-            _, took = timed(lambda layer=layer, x=x: layer(x))  # type: ignore[misc]
+            first = index * _CALLS
+            turn = [alike[(first + place) % len(alike)] for place in range(min(_CALLS + 1, len(alike)))]
+            took = [timed(partial(layer, x))[1] for layer in turn]
+            counted = took[1:] or took
             if index:
-                seconds[name].append(took)
+                wall, cpu = (statistics.median(of) for of in zip(*counted, strict=True))
+                seconds[name].append((wall, cpu))
         if progress is not None:
             progress(index, rounds)
     return {name: Timing.of(found) for name, found in seconds.items()}

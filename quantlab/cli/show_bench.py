@@ -73,11 +73,11 @@ def _models(bench: Bench, batch: int) -> Table:
 
 
 def _loading(models: Sequence[BenchedModel]) -> Table:
-    table = _table(["model"], ["files", "seconds", "peak", "then own", "mapped", "peak running"])
+    table = _table(["model"], ["files", "seconds", "peak loading", "peak running", "of it own", "mapped"])
     for model in models:
         cost = model.loading
         if cost is not None:
-            memory = (cost.loaded.peak, cost.loaded.own, cost.loaded.mapped, cost.running.peak)
+            memory = (cost.loaded.peak, cost.running.peak, cost.running.peak_own, cost.running.mapped)
             table.add_row(model.name, size(model.bytes), f"{cost.seconds:.1f}", *(size(max(0, m)) for m in memory))
     return table
 

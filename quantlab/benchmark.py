@@ -22,6 +22,7 @@ from quantlab_evals import (
     measure_speed,
     stream_bandwidth,
 )
+from quantlab_kernels import Choice, choose
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -222,6 +223,53 @@ def _folders(models: Sequence[str | Path]) -> dict[str, Path]:
 
 
 @dataclass(frozen=True)
+class ChosenKernel:
+    """Which kernel a kind of layer runs with so many rows.
+
+    Attributes:
+        layer: its name, with a star for numbers.
+        format: of its weight: a grid and what shares a scale.
+        shape: ``(out_features, in_features)``.
+        count: how many the model has.
+        rows: of the activations.
+        kernel: the dispatcher's answer, with its reason where it is not the best kernel of the machine.
+    """
+
+    layer: str
+    format: str
+    shape: tuple[int, int]
+    count: int
+    rows: int
+    kernel: str
+
+
+def kernels(model: str | Path, rows: Sequence[int] = (1, 4, 16, 128)) -> tuple[ChosenKernel, ...]:
+    """Which kernels the quantized layers of a model run on this machine. Nothing is measured.
+
+    Args:
+        model: what a person calls it.
+        rows: of activations: a batch that decodes, or a prompt.
+
+    Raises:
+        QuantlabError: there is no such model, or none of its layers is quantized.
+    """
+    if not rows or any(type(count) is not int or count < 1 for count in rows):
+        raise QuantlabError(f"rows {list(rows)!r}: use one or more whole numbers, each at least 1")
+    loaded = load(model)
+    found = []
+    for kind, alike in _kinds(loaded).items():
+        layer = alike[0]
+        if isinstance(layer, QuantLinear):
+            for count in rows:
+                x = torch.empty(count, kind.shape[1], dtype=loaded.dtype, device=layer.codes.device)
+                kernel = str(_choice(layer, x))
+                found.append(ChosenKernel(kind.layer, kind.format, kind.shape, len(alike), count, kernel))
+    if not found:
+        raise QuantlabError(f"{model}: none of its linear layers is quantized; torch's own kernels run them")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class _Kind:
     """Layers that are alike."""
 
@@ -252,6 +300,15 @@ def _layer_speeds(
     for key, (name, found) in asked.items():
         result[name].append(replace(found, timing=timings[key]))
     return {name: tuple(found) for name, found in result.items()}
+
+
+def _choice(layer: QuantLinear, x: torch.Tensor) -> Choice:
+    low_rank = None
+    if layer.low_rank_left is not None and layer.low_rank_right is not None:
+        low_rank = layer.low_rank_left, layer.low_rank_right
+    # Scales of two levels reach a kernel decoded.
+    scales = layer.scales if layer.outer_scales is None else layer.scales.float()
+    return choose(x, layer.codes, scales, layer.zeros, layer.table, layer.bits, low_rank)
 
 
 def _kinds(model: nn.Module) -> dict[_Kind, list[nn.Module]]:

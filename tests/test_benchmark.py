@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from quantlab_evals import EvalError, Run, Speed, SpeedComparison, SpeedSettings, Timing, describe_machine
+from quantlab_kernels import force
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantlab
-from quantlab.benchmark import Bench, LayerSpeed, bench
+from quantlab.benchmark import Bench, LayerSpeed, bench, kernels
 from quantlab.cli.show_bench import duration
 from quantlab.errors import CheckpointError, QuantlabError
 
@@ -142,6 +143,19 @@ def test_what_cannot_be_measured_is_refused(place, tmp_path):
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
+
+
+def test_kernels_are_those_that_the_dispatcher_names(place):
+    found = kernels(place / "w4", [1, 40])
+    assert len(found) == 2 * 7
+    assert {kernel.format for kernel in found} == {"int4/32"}
+    assert [kernel.rows for kernel in found[:2]] == [1, 40]
+    with force("reference"):
+        assert {kernel.kernel for kernel in kernels(place / "w4", [1])} == {"reference (forced)"}
+    with pytest.raises(QuantlabError, match="none of its linear layers"):
+        kernels(place / "model")
+    with pytest.raises(QuantlabError, match="rows"):
+        kernels(place / "w4", [0])
 
 
 def run(*arguments, cwd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -12,7 +13,8 @@ from quantlab.cli.output import Output
 EXAMPLES = (
     "Examples:\n\n"
     "  quantlab bench demo-w4 --against demo\n"
-    "  quantlab bench demo-w4 demo-w8 --against demo --batch 1 --batch 8 --prompt 512 --new 32 --rounds 9 --json"
+    "  quantlab bench demo-w4 demo-w8 --against demo --batch 1 --batch 8 --prompt 512 --new 32 --rounds 9 --json\n"
+    "  quantlab bench demo-w4 --kernels"
 )
 
 
@@ -34,6 +36,9 @@ def bench(
         bool, typer.Option("--memory/--no-memory", help="Also load each model in a process of its own.")
     ] = True,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also time each kind of layer alone.")] = True,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure nothing: list which kernel each kind of layer would run.")
+    ] = False,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -47,9 +52,16 @@ def bench(
         prepare(threads, quiet=quiet)
         from quantlab_evals import SpeedSettings
 
-        from quantlab.benchmark import bench as run
+        from quantlab import benchmark
 
+        if kernels:
+            chosen = {name: benchmark.kernels(name, batch or (1, 4, 16, 128)) for name in models}
+            document = {name: [asdict(kernel) for kernel in found] for name, found in chosen.items()}
+            output.answer({"kernels": document}, *show_bench.kernels(chosen))
+            return
         settings = SpeedSettings(prompt, new, tuple(batch or (1,)), rounds, compile_)
         with stage_progress(stderr_console(), quiet=quiet) as progress:
-            found = run(models, against=against, settings=settings, memory=memory, layers=layers, progress=progress)
+            found = benchmark.bench(
+                models, against=against, settings=settings, memory=memory, layers=layers, progress=progress
+            )
         output.answer(found.to_dict(), *show_bench.benched(found))

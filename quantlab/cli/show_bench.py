@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -12,7 +12,7 @@ from rich.text import Text
 from quantlab.cli.show import clock, pairs, repeated, size
 
 if TYPE_CHECKING:
-    from quantlab.benchmark import Bench, BenchedModel, LayerSpeed
+    from quantlab.benchmark import Bench, BenchedModel, ChosenKernel, LayerSpeed
 
 
 def benched(bench: Bench) -> Iterator[RenderableType]:
@@ -33,6 +33,17 @@ def benched(bench: Bench) -> Iterator[RenderableType]:
         yield _layers(layers)
         yield Text("")
     yield _how(bench)
+
+
+def kernels(models: Mapping[str, Sequence[ChosenKernel]]) -> Iterator[RenderableType]:
+    """A line for each kind of layer and number of rows."""
+    table = _table(["model", "layer", "format"], ["shape", "count", "rows"])
+    table.add_column("kernel", overflow="fold")
+    for name, chosen in models.items():
+        for kernel in chosen:
+            shape = "x".join(map(str, kernel.shape))
+            table.add_row(name, kernel.layer, kernel.format, shape, str(kernel.count), str(kernel.rows), kernel.kernel)
+    yield table
 
 
 def _table(left: Sequence[str], right: Sequence[str]) -> Table:

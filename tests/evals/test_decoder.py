@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantlab_evals.attention import one_query_attention
+from quantlab_evals import attention
 from quantlab_evals.decoder import GreedyDecoder
 from quantlab_evals.errors import EvalError
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
@@ -117,9 +119,10 @@ def test_a_model_whose_cache_grows_is_refused():
     length=st.integers(1, 12),
     masked=st.sampled_from(["none", "boolean", "added"]),
     scaling=st.sampled_from([None, 0.3]),
+    loops=st.sampled_from([0, 1024]),
     seed=st.integers(0, 9),
 )
-def test_one_query_is_softmax_attention(batch, shared, groups, width, length, masked, scaling, seed):
+def test_one_query_is_softmax_attention(batch, shared, groups, width, length, masked, scaling, loops, seed):
     """Against attention written out in float64, a head at a time."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -131,7 +134,8 @@ def test_one_query_is_softmax_attention(batch, shared, groups, width, length, ma
     if masked != "none":
         mask = seen if masked == "boolean" else torch.zeros(batch, length).masked_fill(~seen, -1e30)
         mask = mask.view(batch, 1, 1, length)
-    found, _ = one_query_attention(torch.nn.Module(), query, key, value, mask, scaling=scaling)
+    with patch.object(attention, "_LONG", loops):
+        found, _ = attention.one_query_attention(torch.nn.Module(), query, key, value, mask, scaling=scaling)
     assert found.shape == (batch, 1, shared * groups, width + 1)
     for b in range(batch):
         for head in range(shared * groups):

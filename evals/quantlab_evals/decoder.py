@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FunctionType
 from typing import Any
 
@@ -131,7 +132,7 @@ class GreedyDecoder:
                 f"new_tokens {new_tokens}: after a prompt of {prompt.shape[-1]} tokens a cache of {self.max_length} "
                 f"has room for 1 to {self.max_length - prompt.shape[-1] + 1}"
             )
-        continued = [token for token, _ in zip(self.tokens(prompt), range(new_tokens), strict=False)]
+        continued = islice(self.tokens(prompt), new_tokens)  # which takes no step more
         return torch.cat([prompt, *(token.to(prompt.device) for token in continued)], dim=1)
 
     def _next(self, tokens: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from quantlab_kernels import force
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantlab
-from quantlab.benchmark import Bench, LayerSpeed, bench, kernels
+from quantlab.benchmark import Bench, bench
 from quantlab.cli.show_bench import duration
 from quantlab.errors import CheckpointError, QuantlabError
+from quantlab.layer_speed import LayerSpeed, kernels
 
 QUICK = SpeedSettings(prompt_tokens=8, new_tokens=3, batches=(1, 2), rounds=2, compiled=False)
 

@@ -29,19 +29,9 @@ MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.n
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
-API = {
-    f"quantlab.{part}"
-    for part in (
-        "formats",
-        "inspection",
-        "evaluation",
-        "variants",
-        "comparison",
-        "benchmark",
-        "devices",
-        "prediction",
-        "sweep",
-    )
+SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "layer_speed", "model_shape", "prediction")}
+API = SPEED | {
+    f"quantlab.{part}" for part in ("formats", "inspection", "evaluation", "variants", "comparison", "sweep")
 }
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
@@ -64,9 +54,11 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.evaluation": TOP,
     "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},
     "quantlab.comparison": TOP | {"quantlab.variants"},
-    "quantlab.benchmark": TOP,
+    "quantlab.benchmark": TOP | {"quantlab.layer_speed"},
     "quantlab.devices": {"quantlab.errors", "quantlab_evals"},
-    "quantlab.prediction": TOP | {"quantlab.devices"},
+    "quantlab.layer_speed": TOP,
+    "quantlab.model_shape": TOP,
+    "quantlab.prediction": TOP | {"quantlab.devices", "quantlab.model_shape"},
     "quantlab.sweep": TOP | {"quantlab.evaluation"},
     "quantlab.cli": TOP | API | {"quantlab"},
     "quantlab": TOP | API,  # its __init__, the public names

@@ -26,9 +26,10 @@ from quantlab.devices import device_called, device_names, split_devices
 from quantlab.engine.footprint import planned_storage, stored_bytes
 from quantlab.engine.solve import plan_layer
 from quantlab.errors import QuantlabError
+from quantlab.model_shape import Attention, Shape, model_shapes
 from quantlab.nn import Storage
 from quantlab.numerics import LowRank, QTensor, apply_scales, choose_scales
-from quantlab.prediction import Attention, Shape, model_shapes, predict
+from quantlab.prediction import predict
 from quantlab.recipe import Scheme, load_recipe
 
 # The example of arXiv:2405.08944: 34 billion weights in BF16, 60 layers, 8 key heads of 128, width 7168, on an A100.

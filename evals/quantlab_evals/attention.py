@@ -1,8 +1,8 @@
 """Attention for one query, in torch's own operations, for a compiled decode step.
 
 While a token is decoded, attention is two small products over the cache. transformers hands them to SDPA, and in
-compiled code it copies keys and values for all queries that share them first: 0.2 ms a layer on a CPU, however short the
-cache. The same products in plain torch become two loops of the graph without copies, a tenth of that; only for long
+compiled code it copies keys and values for all queries that share them first: 0.2 ms a layer on a CPU, however short
+the cache. The same products in plain torch become two loops of the graph without copies, a tenth of that; only for long
 caches SDPA is better, called so that nothing is copied.
 """
 

@@ -52,16 +52,15 @@ def bench(
         prepare(threads, quiet=quiet)
         from quantlab_evals import SpeedSettings
 
-        from quantlab import benchmark
+        from quantlab.benchmark import bench as measure
+        from quantlab.layer_speed import kernels as kernels_of
 
         if kernels:
-            chosen = {name: benchmark.kernels(name, batch or (1, 4, 16, 128)) for name in models}
+            chosen = {name: kernels_of(name, batch or (1, 4, 16, 128)) for name in models}
             document = {name: [asdict(kernel) for kernel in found] for name, found in chosen.items()}
             output.answer({"kernels": document}, *show_bench.kernels(chosen))
             return
         settings = SpeedSettings(prompt, new, tuple(batch or (1,)), rounds, compile_)
         with stage_progress(stderr_console(), quiet=quiet) as progress:
-            found = benchmark.bench(
-                models, against=against, settings=settings, memory=memory, layers=layers, progress=progress
-            )
+            found = measure(models, against=against, settings=settings, memory=memory, layers=layers, progress=progress)
         output.answer(found.to_dict(), *show_bench.benched(found))

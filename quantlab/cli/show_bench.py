@@ -12,7 +12,8 @@ from rich.text import Text
 from quantlab.cli.show import clock, pairs, repeated, size
 
 if TYPE_CHECKING:
-    from quantlab.benchmark import Bench, BenchedModel, ChosenKernel, LayerSpeed
+    from quantlab.benchmark import Bench, BenchedModel
+    from quantlab.layer_speed import ChosenKernel, LayerSpeed
 
 
 def benched(bench: Bench) -> Iterator[RenderableType]:

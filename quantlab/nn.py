@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from quantlab_kernels import decode, pack, packed_width, quantized_linear, reference, unpack
+from quantlab_kernels import decode, pack, packed_width, quantized_linear, unpack
 from torch import nn
 
 from quantlab.errors import QuantlabError
@@ -273,10 +273,8 @@ class QuantLinear(_Quantized):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         scales, low_rank = self._operands()
-        arguments = (x, self.codes, scales, self.zeros, self.table, self.storage.bits, self.bias, low_rank)
-        if torch.is_grad_enabled() and x.requires_grad:  # kernels have no gradients
-            return reference.quantized_linear(*arguments)
-        return quantized_linear(*arguments, self.storage.offset)
+        bits, offset = self.storage.bits, self.storage.offset
+        return quantized_linear(x, self.codes, scales, self.zeros, self.table, bits, self.bias, low_rank, offset)
 
     def _operands(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Scales and low-rank factors as kernels take them: scales of two levels and int8 factors are decoded, once."""

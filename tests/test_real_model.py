@@ -43,6 +43,7 @@ def test_the_main_job(quantized):
     assert 1 < found["divergence"]["difference"]["perplexity_ratio"] < 1.25
 
 
+@pytest.mark.usefixtures("reference_kernel")
 def test_the_checkpoint_is_the_model_with_decoded_weights(quantized):
     out, _ = quantized
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)

@@ -1,6 +1,5 @@
 """Low-bit matrix products on raw tensors: no models, no modules, nothing of quantlab."""
 
-from quantlab_kernels import reference
 from quantlab_kernels.dispatch import KERNELS, Choice, choose, force
 from quantlab_kernels.ops import quantized_linear
 from quantlab_kernels.packing import pack, packed_width, unpack
@@ -15,6 +14,5 @@ __all__ = [
     "pack",
     "packed_width",
     "quantized_linear",
-    "reference",
     "unpack",
 ]

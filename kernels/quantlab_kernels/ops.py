@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from quantlab_kernels import dispatch, native
+from quantlab_kernels import dispatch, native, reference
+from quantlab_kernels.packing import unpack
 
 _ARGUMENTS = (
     "Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor table, int bits, int offset, Tensor? bias, "
@@ -68,12 +71,34 @@ def quantized_linear(
         zeros: like ``scales``, in units of the table, or None.
         table: float32 ``[<= 2**bits]``.
         bits: width of a code.
-        bias: ``[out]`` or None.
-        low_rank: ``(A [out, rank], B [rank, in])``: adds ``x @ B.T @ A.T``.
+        bias: ``[out]`` or None; it gets no gradient.
+        low_rank: ``(A [out, rank], B [rank, in])``: adds ``x @ B.T @ A.T``. They get no gradient.
         offset: where the table is the integers ``code + offset``, the offset (which is negative); else 0.
 
     Returns:
         ``[..., out]`` in the dtype of ``x``.
     """
     left, right = low_rank or (None, None)
-    return torch.ops.quantlab.linear(x, packed, scales, zeros, table, bits, offset, bias, left, right)
+    arguments = (packed, scales, zeros, table, bits, offset, bias, left, right)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Differentiable.apply(x, *arguments)
+    return torch.ops.quantlab.linear(x, *arguments)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The same product, for adapters that are trained on top of a quantized model: the weight itself has no gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        context.columns, context.arguments = x.shape[-1], arguments
+        return torch.ops.quantlab.linear(x, *arguments)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        codes, scales, zeros, table, bits, _, _, left, right = context.arguments
+        weight = reference.decode(unpack(codes, bits, context.columns), scales, zeros, table, gradient.dtype)
+        back = gradient @ weight
+        if left is not None and right is not None:
+            back = back + (gradient @ left.to(gradient.dtype)) @ right.to(gradient.dtype)
+        return back, *(None for _ in context.arguments)

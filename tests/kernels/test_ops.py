@@ -117,10 +117,16 @@ class TestWithoutParts:
         assert product(XDG_CACHE_HOME=str(tmp_path / "file")).startswith("True")
 
 
-def test_gradients_flow_through_the_reference():
-    layer, x = random_layer(), activations(2, 256, torch.float32).requires_grad_()
-    reference.quantized_linear(x, *layer.arguments).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight().sum(0).float().expand(2, -1))
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("columns", [256, 77])
+def test_activations_have_a_gradient(rank, columns):
+    layer = random_layer(3, columns=columns, groups=1, rank=rank, zeros=torch.int8)
+    x = activations(2, columns, torch.float32).requires_grad_()
+    y = quantized_linear(x, *layer.arguments)
+    assert torch.equal(y.detach(), quantized_linear(x.detach(), *layer.arguments))
+    y.sum().backward()
+    expected, _ = layer.product(torch.eye(columns))
+    torch.testing.assert_close(x.grad, expected.sum(1).float().expand(2, -1))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -86,7 +86,7 @@ def quantized_linear(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The same product, for adapters that are trained on top of a quantized model: the weight itself has no gradient."""
+    """The same product, for adapters trained on top of a quantized model: the weight itself has no gradient."""
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:

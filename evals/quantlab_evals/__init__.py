@@ -1,12 +1,15 @@
 """Model in, numbers out: text, windows of tokens, perplexity and divergence from a reference.
 
-Stands on torch, transformers and datasets, and on nothing else of quantlab.
+Stands on torch, transformers, datasets and scipy, and on nothing else of quantlab.
 """
 
-from .bootstrap import bootstrap_interval
-from .divergence import Divergence, divergence
+from .bootstrap import ClusterMeans, Comparison, bootstrap_interval, compare
+from .divergence import Divergence, compare_divergences, divergence
 from .errors import EvalError
-from .perplexity import WINDOW_LENGTH, NllDifference, Perplexity, paired_difference, perplexity
+from .perplexity import WINDOW_LENGTH, NllDifference, Perplexity, compare_perplexities, paired_difference, perplexity
+from .recorded import RecordedReference
+from .recording import fingerprint_folder, fingerprint_model, recorded_reference
+from .reference import RecordLoss
 from .text import BUILTIN, TextSource, load_documents, load_text
 from .windows import JOINER, Windows, check_length, token_windows
 
@@ -14,18 +17,28 @@ __all__ = [
     "BUILTIN",
     "JOINER",
     "WINDOW_LENGTH",
+    "ClusterMeans",
+    "Comparison",
     "Divergence",
     "EvalError",
     "NllDifference",
     "Perplexity",
+    "RecordLoss",
+    "RecordedReference",
     "TextSource",
     "Windows",
     "bootstrap_interval",
     "check_length",
+    "compare",
+    "compare_divergences",
+    "compare_perplexities",
     "divergence",
+    "fingerprint_folder",
+    "fingerprint_model",
     "load_documents",
     "load_text",
     "paired_difference",
     "perplexity",
+    "recorded_reference",
     "token_windows",
 ]

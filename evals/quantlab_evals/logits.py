@@ -103,7 +103,7 @@ def window_logits(model: nn.Module, windows: Windows, batch_size: int = 1) -> It
     """
     if batch_size < 1:
         raise EvalError(f"batch_size is {batch_size}; use 1 or more")
-    device = _input_device(model)
+    device = input_device(model)
     accepted = inspect.signature(model.forward).parameters
     any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     options = {"use_cache": False} if any_keyword or "use_cache" in accepted else {}
@@ -146,12 +146,13 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {
         "model_class": type(model).__name__,
         "dtype": str(getattr(model, "dtype", None) or "unknown").removeprefix("torch."),
-        "device": _input_device(model).type,
+        "device": input_device(model).type,
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown",
     }
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model takes its tokens on."""
     for tensor in model.parameters():
         # Offloaded weights are on "meta"; the hooks that bring them back move the inputs, too.
         if tensor.device.type != "meta":

@@ -52,12 +52,12 @@ class NllDifference:
     @property
     def perplexity_ratio(self) -> float:
         """Perplexity of the model over that of the reference."""
-        return _exp(self.nll)
+        return exp(self.nll)
 
     @property
     def perplexity_ratio_interval(self) -> Interval | None:
         """The interval of `perplexity_ratio`."""
-        return _exp_interval(self.interval)
+        return exp_interval(self.interval)
 
 
 def perplexity(
@@ -108,11 +108,11 @@ class NllMeasure:
         clusters = self.windows.cluster_means(self.nll)
         nll = float(self.nll.double().mean())
         return Perplexity(
-            perplexity=_exp(nll),
+            perplexity=exp(nll),
             nll=nll,
             tokens=self.nll.numel(),
             windows=len(self.windows),
-            interval=_exp_interval(clusters.interval(seed=seed)),
+            interval=exp_interval(clusters.interval(seed=seed)),
             clusters=clusters,
             settings={
                 "definition": self.windows.definition,
@@ -163,12 +163,14 @@ def _check_same_windows(model: Perplexity, reference: Perplexity) -> None:
         )
 
 
-def _exp(nll: float) -> float:
+def exp(nll: float) -> float:
+    """Perplexity of a mean negative log-likelihood; infinite where it is too large for a float."""
     try:
         return math.exp(nll)
     except OverflowError:
         return math.inf
 
 
-def _exp_interval(interval: Interval | None) -> Interval | None:
-    return None if interval is None else (_exp(interval[0]), _exp(interval[1]))
+def exp_interval(interval: Interval | None) -> Interval | None:
+    """The interval of a perplexity."""
+    return None if interval is None else (exp(interval[0]), exp(interval[1]))

@@ -76,7 +76,6 @@ class Windows:
             "overlap": 0,
             "context": self.context,
             "bos": self.bos,
-            "special_tokens_added": "BOS only" if self.bos is not None else "none",
             "documents": self.documents,
             "joiner": self.joiner,
             "stream_tokens": self.stream_tokens,
@@ -120,13 +119,29 @@ def token_windows(
     for one window.
     """
     first = _bos_token(tokenizer, bos)
+    stream, origin = tokenize_documents(tokenizer, documents, joiner)
+    return cut(stream, origin, documents, length, first=first, limit=limit, joiner=joiner)
+
+
+def cut(
+    stream: Sequence[int],
+    origin: NDArray[np.int64] | None,
+    documents: Sequence[str],
+    length: int,
+    *,
+    first: int | None = None,
+    limit: int | None = None,
+    joiner: str = JOINER,
+) -> Windows:
+    """Cut a stream of tokens into windows that do not overlap; `first` begins each, in one place of the length.
+
+    `origin` is the document of each token. Raises `EvalError` if there is not text enough for one window.
+    """
     body = length - (first is not None)
     if body < 1 or length < 2:
         raise EvalError(f"windows of {length} tokens hold nothing to predict; use a length of 2 or more")
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}, a number of windows; use 1 or more, or None for all")
-
-    stream, origin = _tokenize_documents(tokenizer, documents, joiner)
     whole, dropped_tail = divmod(len(stream), body)
     if whole == 0:
         place = " and a BOS" if first is not None else ""
@@ -168,14 +183,17 @@ def check_length(model_config: Any, length: int) -> None:
         )
 
 
-def _tokenize_documents(
-    tokenizer: Any, documents: Sequence[str], joiner: str
+def tokenize_documents(
+    tokenizer: Any, documents: Sequence[str], joiner: str, *, special: bool = False
 ) -> tuple[list[int], NDArray[np.int64] | None]:
-    """The tokens of the joined documents, and the number of the document in which each of them begins."""
+    """The tokens of the joined documents, and the number of the document in which each of them begins.
+
+    The latter is None where the tokenizer does not say. `special`: with the special tokens that it adds to a text.
+    """
     text = joiner.join(documents)
     if not getattr(tokenizer, "is_fast", False):
-        return _tokenize(tokenizer, text, special=False), None
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return _tokenize(tokenizer, text, special=special), None
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     begins = np.array([begin for begin, _ in encoded["offset_mapping"]], dtype=np.int64)
     ends = np.array(list(accumulate(len(document) + len(joiner) for document in documents)), dtype=np.int64)
     # A token that begins in the joiner belongs to the document before it.
@@ -191,7 +209,7 @@ def _bos_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
     """The token that begins every window. BERT's [CLS] is one: the tokenizer is asked, not its attributes."""
     if bos is False:
         return None
-    leading = _leading_tokens(tokenizer)
+    leading = leading_tokens(tokenizer)
     if len(leading) > 1:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(leading)))
         raise EvalError(
@@ -209,7 +227,7 @@ def _bos_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
     raise EvalError("bos=True, but the tokenizer has neither a BOS nor a [CLS] token; use 'auto' or False")
 
 
-def _leading_tokens(tokenizer: Any) -> list[int]:
+def leading_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
     probe = "the"
     bare = _tokenize(tokenizer, probe, special=False)

@@ -145,6 +145,47 @@ def test_eval_for_a_person(call, quantized, place):
     assert "window 1 of 1" in err
 
 
+def test_eval_keeps_the_original_and_compares_variants(call, quantized, place):
+    arguments = ["eval", "w4", "model", "--against", "model", "--text", "text.txt", "--length", "32", "--cache", "kept"]
+    code, out, err = call(*arguments, "--measures", "perplexity,divergence,calibration", "--json")
+    assert code == 0
+    document = json.loads(out)
+    variant, itself = document["evaluations"]
+    assert (variant["model"], itself["model"]) == ("w4", "model")
+    assert itself["divergence"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert variant["divergence"]["kl"] > 0.001
+    assert variant["divergence"]["record_loss"]["top_k"] == 256
+    assert 0 < variant["calibration"]["ece"]["15"] < 1
+    assert [entry["better"] for entry in document["comparisons"]][1:] == ["second", "second"]
+    assert document["comparisons"][0]["best"] == "model"
+    (kept,) = (place / "kept").iterdir()
+    assert err.count("window 83 of 83") == 3, "once to record, once a variant"
+
+    live = json.loads(call("eval", "w4", *arguments[3:9], "--json")[1])
+    assert live["divergence"]["kl"] == pytest.approx(variant["divergence"]["kl"], rel=0.02)
+    assert live["divergence"]["reference"] == variant["divergence"]["reference"]
+    assert list((place / "kept").iterdir()) == [kept]
+
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "model is better by" in out
+    assert "256 tokens a position" in out
+
+
+def test_eval_by_other_definitions(call, quantized):
+    found = {}
+    for definition in ("quantlab", "gptq", "llama.cpp"):
+        arguments = ["eval", "model", "--text", "text.txt", "--length", "64", "--definition", definition]
+        found[definition] = json.loads(call(*arguments, "--measures", "words", "--json")[1])
+    assert found["llama.cpp"]["settings"]["context"] == 33
+    assert found["llama.cpp"]["words"]["tokens"] == found["quantlab"]["words"]["tokens"]
+    assert len({round(entry["perplexity"]["nll"], 6) for entry in found.values()}) >= 2
+    code, out, _ = call("eval", "model", "--text", "text.txt", "--length", "64", "--measures", "words,calibration")
+    assert code == 0
+    assert "perplexity a word" in out
+    assert "Brier score" in out
+
+
 def test_set_and_log_and_quiet(call, place):
     code, out, err = call(
         "quantize", "model", "--recipe", "w4-rtn", "--out", "w3", "--set", "format=int3",
@@ -181,6 +222,10 @@ def test_quantize_for_a_person(call, place):
         (["eval", "model", "--text", "absent.txt"], "absent.txt: not found"),
         (["eval", "model", "--text", "text.txt", "--set", "lenght=3"], "a key out of text, windows, length"),
         (["eval", "model", "--text", "text.txt", "--set", "length=long"], "length 'long'"),
+        (["eval", "model", "--text", "text.txt", "--measures", "kl"], "measure 'kl': use some of perplexity"),
+        (["eval", "model", "--text", "text.txt", "--measures", "divergence"], "needs the original"),
+        (["eval", "model", "--text", "text.txt", "--definition", "gpqt"], "definition 'gpqt' of perplexity"),
+        (["eval", "model", "--text", "text.txt", "--cache", "text.txt/x", "--against", "model"], "cannot be written"),
         (["inspect", "model"], "is not quantized"),
         (["inspect", "absent"], "absent: does not exist"),
         (["inspect", "model", "--set", "sort=size"], "use one of order, name, error, bits, bytes"),
@@ -397,7 +442,7 @@ def test_help_shows_examples_that_work(call, quantized, place):
         assert code == 0
         lines = out.partition("Example")[2].splitlines()
         shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 11
+    assert len(shown) == 13
     (place / "demo-w4").symlink_to(place / "w4")
     for number, line in enumerate(shown):
         words = shlex.split(line.partition(">")[0])[1:]

@@ -4,15 +4,24 @@ Stands on torch, transformers, datasets and scipy, and on nothing else of quantl
 """
 
 from .bootstrap import ClusterMeans, Comparison, bootstrap_interval, compare
-from .calibration import Calibration, calibration, token_calibration
+from .calibration import Calibration, CalibrationMeasure, calibration, token_calibration
 from .definitions import NAMES as DEFINITIONS
-from .definitions import windows_as
-from .divergence import Divergence, compare_divergences, divergence
+from .definitions import default_length, windows_as
+from .divergence import Divergence, DivergenceMeasure, compare_divergences, divergence
 from .errors import EvalError
-from .perplexity import WINDOW_LENGTH, NllDifference, Perplexity, compare_perplexities, paired_difference, perplexity
+from .logits import TokenMeasure, describe_model, run_measures
+from .perplexity import (
+    WINDOW_LENGTH,
+    NllDifference,
+    NllMeasure,
+    Perplexity,
+    compare_perplexities,
+    paired_difference,
+    perplexity,
+)
 from .recorded import RecordedReference
 from .recording import fingerprint_folder, fingerprint_model, recorded_reference
-from .reference import RecordLoss
+from .reference import LiveReference, RecordLoss
 from .rolling import RollingPerplexity, rolling_perplexity
 from .text import BUILTIN, TextSource, load_documents, load_text
 from .windows import JOINER, Windows, check_length, token_windows
@@ -23,16 +32,21 @@ __all__ = [
     "JOINER",
     "WINDOW_LENGTH",
     "Calibration",
+    "CalibrationMeasure",
     "ClusterMeans",
     "Comparison",
     "Divergence",
+    "DivergenceMeasure",
     "EvalError",
+    "LiveReference",
     "NllDifference",
+    "NllMeasure",
     "Perplexity",
     "RecordLoss",
     "RecordedReference",
     "RollingPerplexity",
     "TextSource",
+    "TokenMeasure",
     "Windows",
     "bootstrap_interval",
     "calibration",
@@ -40,6 +54,8 @@ __all__ = [
     "compare",
     "compare_divergences",
     "compare_perplexities",
+    "default_length",
+    "describe_model",
     "divergence",
     "fingerprint_folder",
     "fingerprint_model",
@@ -49,6 +65,7 @@ __all__ = [
     "perplexity",
     "recorded_reference",
     "rolling_perplexity",
+    "run_measures",
     "token_calibration",
     "token_windows",
     "windows_as",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,3 +22,21 @@ def prepare(threads: int | None, *, quiet: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` settings as a mapping; values are YAML. Raises `QuantlabError` for an unknown key."""
+    import yaml
+
+    from quantlab.errors import QuantlabError
+
+    chosen: dict[str, Any] = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise QuantlabError(f"--set {setting!r}: expected KEY=VALUE with a key out of {', '.join(known)}")
+        try:
+            chosen[key] = value if key == "text" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise QuantlabError(f"--set {setting!r}: the value is not valid YAML") from error
+    return chosen

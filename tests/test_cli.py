@@ -437,12 +437,12 @@ def test_version(call):
 def test_help_shows_examples_that_work(call, quantized, place):
     """The demo model stands for any: here the tiny one takes its place."""
     shown = []
-    for command in ([], ["quantize"], ["eval"], ["inspect"], ["compare"], ["recipes"]):
+    for command in ([], ["quantize"], ["eval"], ["eval-generation"], ["inspect"], ["compare"], ["recipes"]):
         code, out, _ = call(*command, "--help")
         assert code == 0
         lines = out.partition("Example")[2].splitlines()
         shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 13
+    assert len(shown) == 14
     (place / "demo-w4").symlink_to(place / "w4")
     for number, line in enumerate(shown):
         words = shlex.split(line.partition(">")[0])[1:]
@@ -464,3 +464,37 @@ def test_help_and_recipes_do_not_import_torch(place):
             check=True,
         )
         assert done.stdout.splitlines()[-1] == "False", command
+
+
+def test_eval_code_runs_nothing_unless_told_to(call, place):
+    row = {"task_id": "t", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    pass\n"}
+    (place / "problems.jsonl").write_text(json.dumps(row))
+    arguments = ["eval-code", "model", "--problems", "problems.jsonl", "--max-new-tokens", "4"]
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert "--execute-generated-code" in err
+    code, out, _ = call(*arguments, "--execute-generated-code", "--json")
+    if code == 2:
+        assert "this kernel offers no" in json.loads(out)["error"]
+        pytest.skip("no sandbox on this kernel")
+    document = json.loads(out)
+    assert set(document["pass_at"]) == {"1"}
+    assert "landlock" in document["isolation"]
+    code, out, _ = call(*arguments, "--execute-generated-code")
+    assert "pass@1" in out
+    (place / "problems.jsonl").unlink()
+
+
+def test_eval_generation_makes_a_table_and_goes_on(call, quantized, place):
+    arguments = ["eval-generation", "model", "w4", "--against", "model", "--out", "written", "--text", "text.txt"]
+    arguments += ["--temperature", "0,1", "--max-new-tokens", "4", "--prompts", "2", "--prompt-length", "8"]
+    code, out, err = call(*arguments)
+    assert code == 0
+    assert "cell 4 of 4" in err
+    assert len([line for line in out.splitlines() if re.match(r"(model|w4) +[01] ", line)]) == 4
+    document = json.loads(call(*arguments, "--json")[1])
+    assert [cell["temperature"] for cell in document["cells"]] == [0, 1, 0, 1]
+    assert document["cells"][0]["original_agreement"] == 1
+    code, _, err = call("eval-generation", "model", "--temperature", "hot", "--out", "other")
+    assert code == 2
+    assert "use numbers with commas between them" in err

@@ -9,6 +9,7 @@ from .definitions import NAMES as DEFINITIONS
 from .definitions import default_length, windows_as
 from .divergence import Divergence, DivergenceMeasure, compare_divergences, divergence
 from .errors import EvalError
+from .generation import Sampling, Scored, distinct, generate, repetition, sampling_grid, score
 from .logits import TokenMeasure, describe_model, run_measures
 from .perplexity import (
     WINDOW_LENGTH,
@@ -45,6 +46,8 @@ __all__ = [
     "RecordLoss",
     "RecordedReference",
     "RollingPerplexity",
+    "Sampling",
+    "Scored",
     "TextSource",
     "TokenMeasure",
     "Windows",
@@ -56,16 +59,21 @@ __all__ = [
     "compare_perplexities",
     "default_length",
     "describe_model",
+    "distinct",
     "divergence",
     "fingerprint_folder",
     "fingerprint_model",
+    "generate",
     "load_documents",
     "load_text",
     "paired_difference",
     "perplexity",
     "recorded_reference",
+    "repetition",
     "rolling_perplexity",
     "run_measures",
+    "sampling_grid",
+    "score",
     "token_calibration",
     "token_windows",
     "windows_as",

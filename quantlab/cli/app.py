@@ -12,6 +12,10 @@ import typer
 from quantlab.cli.compare import EXAMPLES, compare
 from quantlab.cli.evaluate import EXAMPLES as EVAL_EXAMPLES
 from quantlab.cli.evaluate import evaluate
+from quantlab.cli.evaluate_code import EXAMPLES as CODE_EXAMPLES
+from quantlab.cli.evaluate_code import evaluate_code
+from quantlab.cli.evaluate_generation import EXAMPLES as GENERATION_EXAMPLES
+from quantlab.cli.evaluate_generation import evaluate_generation
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
 
@@ -102,6 +106,8 @@ def quantize(
 
 
 app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)
+app.command("eval-code", epilog=CODE_EXAMPLES)(evaluate_code)
+app.command("eval-generation", epilog=GENERATION_EXAMPLES)(evaluate_generation)
 
 
 @app.command(

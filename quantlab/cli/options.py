@@ -40,3 +40,13 @@ def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[
         except yaml.YAMLError as error:
             raise QuantlabError(f"--set {setting!r}: the value is not valid YAML") from error
     return chosen
+
+
+def numbers(values: str, option: str) -> list[float]:
+    """A list like ``0,0.7,1``. Raises `QuantlabError` if it is none."""
+    from quantlab.errors import QuantlabError
+
+    try:
+        return [float(value) for value in values.split(",")]
+    except ValueError as error:
+        raise QuantlabError(f"{option} {values!r}: use numbers with commas between them, like 0,0.7,1") from error

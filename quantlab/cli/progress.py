@@ -290,14 +290,21 @@ def note_kind(note: str) -> str:
 @contextmanager
 def window_progress(console: Console, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A function to be told of the windows done and the windows in all: a bar, or a line now and then."""
+    with count_progress(console, "window", what, quiet=quiet) as tell:
+        yield tell
+
+
+@contextmanager
+def count_progress(console: Console, unit: str, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function to be told of what is done and what there is in all, in any unit; see `window_progress`."""
     if quiet:
         yield lambda _done, _total: None
         return
     console.print(Text(f"{what}: reading the text and loading", style="dim"), soft_wrap=True)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield _window_lines(console)
+        yield _count_lines(console, unit)
         return
-    columns = (TextColumn("window {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn(unit + " {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
     task = bar.add_task("elapsed", start=False)
     pace = _Pace()
@@ -315,7 +322,7 @@ def window_progress(console: Console, what: str, *, quiet: bool) -> Iterator[Cal
         bar.stop()
 
 
-def _window_lines(console: Console) -> Callable[[int, int], None]:
+def _count_lines(console: Console, unit: str) -> Callable[[int, int], None]:
     pace = _Pace()
 
     def tell(done: int, total: int) -> None:
@@ -323,7 +330,7 @@ def _window_lines(console: Console) -> Callable[[int, int], None]:
         # Ten lines in all, however many windows.
         if done == total or done * 10 // total > (done - 1) * 10 // total:
             console.print(
-                f"window {done} of {total}, {clock(elapsed)} elapsed, about {clock(left)} left",
+                f"{unit} {done} of {total}, {clock(elapsed)} elapsed, about {clock(left)} left",
                 soft_wrap=True,
             )
 

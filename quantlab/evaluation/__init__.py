@@ -1,6 +1,16 @@
 """How good a model is, how far from the model that it was made from, and what it can do."""
 
+from quantlab.evaluation.code import CodeEvaluation, evaluate_code
+from quantlab.evaluation.generation import generation_sweep
 from quantlab.evaluation.quality import MEASURES, evaluate, evaluate_variants
 from quantlab.evaluation.record import Evaluation
 
-__all__ = ["MEASURES", "Evaluation", "evaluate", "evaluate_variants"]
+__all__ = [
+    "MEASURES",
+    "CodeEvaluation",
+    "Evaluation",
+    "evaluate",
+    "evaluate_code",
+    "evaluate_variants",
+    "generation_sweep",
+]

@@ -210,7 +210,7 @@ def _measure(subject: Subject, plan: _Plan, cache: Path | None) -> Evaluation:
         divergence=divergence.result(perplexity) if divergence else None,
         calibration=calibration.result() if calibration else None,
         words=words,
-        bytes=subject.bytes(),
+        bytes=subject.bytes(module),
         original_bytes=original.bytes() if original else None,
         seconds=time.perf_counter() - started,
         notes=plan.notes,

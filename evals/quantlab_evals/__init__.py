@@ -24,6 +24,7 @@ from .recorded import RecordedReference
 from .recording import fingerprint_folder, fingerprint_model, recorded_reference
 from .reference import LiveReference, RecordLoss
 from .rolling import RollingPerplexity, rolling_perplexity
+from .tasks import Choices, TaskResult, TaskResults, compare_choices, run_tasks
 from .text import BUILTIN, TextSource, load_documents, load_text
 from .windows import JOINER, Windows, check_length, token_windows
 
@@ -34,6 +35,7 @@ __all__ = [
     "WINDOW_LENGTH",
     "Calibration",
     "CalibrationMeasure",
+    "Choices",
     "ClusterMeans",
     "Comparison",
     "Divergence",
@@ -48,6 +50,8 @@ __all__ = [
     "RollingPerplexity",
     "Sampling",
     "Scored",
+    "TaskResult",
+    "TaskResults",
     "TextSource",
     "TokenMeasure",
     "Windows",
@@ -55,6 +59,7 @@ __all__ = [
     "calibration",
     "check_length",
     "compare",
+    "compare_choices",
     "compare_divergences",
     "compare_perplexities",
     "default_length",
@@ -72,6 +77,7 @@ __all__ = [
     "repetition",
     "rolling_perplexity",
     "run_measures",
+    "run_tasks",
     "sampling_grid",
     "score",
     "token_calibration",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -498,3 +499,35 @@ def test_eval_generation_makes_a_table_and_goes_on(call, quantized, place):
     code, _, err = call("eval-generation", "model", "--temperature", "hot", "--out", "other")
     assert code == 2
     assert "use numbers with commas between them" in err
+
+
+def test_eval_tasks_and_summaries(call, place):
+    """Through the libraries where they are installed, and by their names where they are not."""
+    rows = [{"question": "The quick fox", "choices": ["jumps", "sleeps"], "answer": i % 2} for i in range(4)]
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "foxes",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (place / "foxes.yaml").write_text(yaml.safe_dump(task))
+    (place / "news.jsonl").write_text(json.dumps({"document": "The quick fox jumps.", "summary": "A fox jumps."}))
+    for arguments, library, words in (
+        (["eval-tasks", "model", "--task", "foxes.yaml", "--limit", "2"], "lm_eval", ["foxes", "2 of 4", "by lm-eval"]),
+        (["eval-summaries", "model", "--file", "news.jsonl", "--max-new-tokens", "4"], "rouge_score", ["rougeL"]),
+    ):
+        code, out, err = call(*arguments)
+        if importlib.util.find_spec(library) is None:
+            assert code == 2
+            assert "pip install 'quantlab[eval]'" in err
+        else:
+            assert code == 0, err
+            assert all(word in out for word in words)
+            assert json.loads(call(*arguments, "--json")[1])["model"] == "model"
+    assert call("eval-tasks", "nowhere/at/all", "--task", "cats.yaml")[2].startswith("error: cats.yaml: no such task")

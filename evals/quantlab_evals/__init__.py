@@ -24,7 +24,8 @@ from .recorded import RecordedReference
 from .recording import fingerprint_folder, fingerprint_model, recorded_reference
 from .reference import LiveReference, RecordLoss
 from .rolling import RollingPerplexity, rolling_perplexity
-from .tasks import Choices, TaskResult, TaskResults, compare_choices, run_tasks
+from .summaries import Summaries, SummaryPair, load_pairs, rouge_scorer, summarize_documents
+from .tasks import Choices, TaskResult, TaskResults, check_tasks, compare_choices, run_tasks
 from .text import BUILTIN, TextSource, load_documents, load_text
 from .windows import JOINER, Windows, check_length, token_windows
 
@@ -50,6 +51,8 @@ __all__ = [
     "RollingPerplexity",
     "Sampling",
     "Scored",
+    "Summaries",
+    "SummaryPair",
     "TaskResult",
     "TaskResults",
     "TextSource",
@@ -58,6 +61,7 @@ __all__ = [
     "bootstrap_interval",
     "calibration",
     "check_length",
+    "check_tasks",
     "compare",
     "compare_choices",
     "compare_divergences",
@@ -70,16 +74,19 @@ __all__ = [
     "fingerprint_model",
     "generate",
     "load_documents",
+    "load_pairs",
     "load_text",
     "paired_difference",
     "perplexity",
     "recorded_reference",
     "repetition",
     "rolling_perplexity",
+    "rouge_scorer",
     "run_measures",
     "run_tasks",
     "sampling_grid",
     "score",
+    "summarize_documents",
     "token_calibration",
     "token_windows",
     "windows_as",

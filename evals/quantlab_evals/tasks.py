@@ -99,14 +99,12 @@ def run_tasks(
     Raises:
         EvalError: lm-eval is not installed, there is no such task, or a task's data cannot be had.
     """
+    check_tasks(tasks)
     evaluator, hflm, manager = _library()
     if limit is not None and limit < 1:
         raise EvalError(f"limit is {limit}, a number of questions; use 1 or more, or None for all")
     names = [str(task) for task in tasks]
     files = [name for name in names if name.endswith(_YAML)]
-    for name in files:
-        if not Path(name).is_file():
-            raise EvalError(f"{name}: no such task file")
     with evaluating(model), _quiet():
         try:
             known = manager(include_defaults=len(files) < len(names))
@@ -127,8 +125,8 @@ def run_tasks(
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
             raise EvalError(
-                f"lm-eval could not run {', '.join(names)} ({type(error).__name__}: {reason}); `lm-eval ls tasks` lists "
-                "its tasks, and most of them load their data from the Hugging Face hub"
+                f"lm-eval could not run {', '.join(names)} ({type(error).__name__}: {reason}); `lm-eval ls tasks` "
+                "lists its tasks, and most of them load their data from the Hugging Face hub"
             ) from error
     settings = {
         "tool": f"lm-eval {metadata.version('lm_eval')}",
@@ -139,6 +137,14 @@ def run_tasks(
         **describe_model(model),
     }
     return TaskResults({name: _result(name, answer) for name in answer["samples"]}, settings)
+
+
+def check_tasks(tasks: Sequence[str | Path]) -> None:
+    """Raise `EvalError` for what can be known of tasks before a model is loaded: files, and lm-eval itself."""
+    for task in tasks:
+        if str(task).endswith(_YAML) and not Path(task).is_file():
+            raise EvalError(f"{task}: no such task file")
+    _library()
 
 
 def compare_choices(first: TaskResult, second: TaskResult, *, seed: int = 0) -> tuple[Comparison, float]:

@@ -12,6 +12,7 @@ import typer
 from quantlab.cli.compare import EXAMPLES, compare
 from quantlab.cli.evaluate import EXAMPLES as EVAL_EXAMPLES
 from quantlab.cli.evaluate import evaluate
+from quantlab.cli.evaluate_benchmarks import SUMMARIES_EXAMPLES, TASKS_EXAMPLES, evaluate_summaries, evaluate_tasks
 from quantlab.cli.evaluate_code import EXAMPLES as CODE_EXAMPLES
 from quantlab.cli.evaluate_code import evaluate_code
 from quantlab.cli.evaluate_generation import EXAMPLES as GENERATION_EXAMPLES
@@ -108,6 +109,8 @@ def quantize(
 app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)
 app.command("eval-code", epilog=CODE_EXAMPLES)(evaluate_code)
 app.command("eval-generation", epilog=GENERATION_EXAMPLES)(evaluate_generation)
+app.command("eval-summaries", epilog=SUMMARIES_EXAMPLES)(evaluate_summaries)
+app.command("eval-tasks", epilog=TASKS_EXAMPLES)(evaluate_tasks)
 
 
 @app.command(

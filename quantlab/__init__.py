@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quantlab.comparison import Comparison, compare
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
-    from quantlab.evaluation import Evaluation, evaluate
+    from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
@@ -34,6 +34,7 @@ __all__ = [
     "Scheme",
     "compare",
     "evaluate",
+    "evaluate_variants",
     "formats",
     "inspect",
     "load",
@@ -54,6 +55,7 @@ _HOMES = {
     "Scheme": "recipe",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "evaluate_variants": "evaluation",
     "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",

@@ -169,7 +169,7 @@ def test_eval_keeps_the_original_and_compares_variants(call, quantized, place):
 
     code, out, _ = call(*arguments)
     assert code == 0
-    assert "model is better by" in out
+    assert "model is better than w4 by" in out
     assert "256 tokens a position" in out
 
 

@@ -62,7 +62,7 @@ class Comparison:
     better: Literal["first", "second"] | None
 
     def verdict(self, first: str = "A", second: str = "B") -> str:
-        """The comparison in a sentence: `B is better by 0.21 +- 0.05 (perplexity, 64 windows)`."""
+        """The comparison in a sentence: `B is better than A by 0.21 +- 0.05 (perplexity, 64 windows)`."""
         where = f"({self.measure}, {self.clusters} {self.kind})"
         if self.interval is None or self.clusters < FEWEST:
             return f"not distinguishable {where}: fewer than {FEWEST} {self.kind} say nothing"
@@ -72,7 +72,8 @@ class Comparison:
         size = f"{abs(self.difference):.{digits}f} +- {half:.{digits}f}"
         if self.better is None:
             return f"not distinguishable: they differ by {size} {where}"
-        return f"{first if self.better == 'first' else second} is better by {size} {where}"
+        winner, loser = (first, second) if self.better == "first" else (second, first)
+        return f"{winner} is better than {loser} by {size} {where}"
 
 
 def bootstrap_interval(

@@ -56,9 +56,10 @@ def recorded_reference(
 ) -> RecordedReference:
     """The record of a model's predictions on windows, from `folder`, or made there.
 
-    `identity` says which model it is (`fingerprint_folder`, `fingerprint_model`), and `load` brings it, which
-    is not called where there is a record. A record appears whole or not at all, also if several processes make
-    it at the same time. Raises `EvalError` as `perplexity` does, or if the folder cannot be written.
+    `identity` says which model it is (`fingerprint_folder`, `fingerprint_model`; and, where `load` does not just
+    load it, in which dtype or on which device). `load` is not called where there is a record. A record appears
+    whole or not at all, also if several processes make it at the same time. Raises `EvalError` as `perplexity`
+    does, or if the folder cannot be written.
     """
     for name, value in (("top_k", top_k), ("sampled", sampled)):
         if value < 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
+from quantlab.cli.options import MEASURED, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ _KEYS = ("text", "windows", "length", "bos", "batch_size")
 
 
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help=MODEL + " Quantized or not. Several are compared.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MEASURED + " Several are compared.")],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original, to measure KL divergence and agreement.")
     ] = None,

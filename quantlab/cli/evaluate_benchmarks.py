@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantlab.cli.options import Json, Quiet, Threads, prepare
+from quantlab.cli.options import MEASURED, Json, Quiet, Threads, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
     from quantlab_evals import Summaries, TaskResults
     from rich.console import RenderableType
 
-_ANY_MODEL = "A local model folder, a Hugging Face id, or bitsandbytes:KIND:MODEL."
 TASKS_EXAMPLES = (
     "Examples:\n\n"
     "  quantlab eval-tasks demo-w4 --task arc_easy --task hellaswag --limit 200\n"
@@ -31,7 +30,7 @@ _INTERRUPTED = "interrupted; nothing was written"
 
 
 def evaluate_tasks(
-    model: Annotated[str, typer.Argument(help=_ANY_MODEL)],
+    model: Annotated[str, typer.Argument(help=MEASURED)],
     tasks: Annotated[
         list[str],
         typer.Option(
@@ -63,7 +62,7 @@ def evaluate_tasks(
 
 
 def evaluate_summaries(
-    model: Annotated[str, typer.Argument(help=_ANY_MODEL)],
+    model: Annotated[str, typer.Argument(help=MEASURED)],
     file: Annotated[Path, typer.Option(help="Documents with summaries, as JSON lines.")],
     document: Annotated[str, typer.Option(metavar="FIELD")] = "document",
     summary: Annotated[str, typer.Option(metavar="FIELD")] = "summary",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantlab.cli.options import Json, Quiet, Threads, numbers, prepare
+from quantlab.cli.options import MEASURED, Json, Quiet, Threads, numbers, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ EXAMPLES = (
 
 
 def evaluate_code(
-    model: Annotated[str, typer.Argument(help="A local model folder, a Hugging Face id, or bitsandbytes:KIND:MODEL.")],
+    model: Annotated[str, typer.Argument(help=MEASURED)],
     problems: Annotated[str, typer.Option(help="A file in HumanEval's format, or a data set as name:config:split.")],
     execute: Annotated[
         bool,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.options import Json, Quiet, Threads, numbers, prepare
+from quantlab.cli.options import MEASURED, Json, Quiet, Threads, numbers, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ EXAMPLES = (
 
 
 def evaluate_generation(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Model folders, Hugging Face ids, bitsandbytes:KIND:MODEL.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MEASURED)],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the records; an old one is continued.")],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original, to score what the others wrote.")

@@ -73,7 +73,7 @@ def test_variants_that_differ_are_told_apart_although_text_varies_more():
     assert found.interval[0] < found.difference < found.interval[1] < 0
     low, high = first.interval()
     assert found.interval[1] - found.interval[0] < 0.1 * (high - low)
-    assert found.verdict("w4", "w8").startswith("w8 is better by 0.0140 +- 0.0073")
+    assert found.verdict("w4", "w8").startswith("w8 is better than w4 by 0.0140 +- 0.0073")
     assert compare(first, second, "share", higher_is_better=True).better == "first"
 
 

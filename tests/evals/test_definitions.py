@@ -115,3 +115,13 @@ def test_rolling_equals_lm_eval(make_model, make_tokenizer, documents):
     assert found.nll == pytest.approx(expected, rel=1e-5)
     words = sum(len(re.split(r"\s+", text)) for text in documents)
     assert found.word_perplexity == pytest.approx(math.exp(expected / words), rel=1e-5)
+
+
+def test_the_own_definition_equals_lm_eval_on_the_same_tokens(make_model, make_tokenizer, make_windows):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    model, windows = make_model(), make_windows(count=7, length=20)
+    theirs = huggingface.HFLM(pretrained=model, tokenizer=make_tokenizer(eos_token="</s>"), max_length=32)
+    requests = [(None, window[:1], window[1:]) for window in windows.tokens.tolist()]
+    answers = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    found = perplexity(model, windows)
+    assert found.nll == pytest.approx(-sum(answer[0] for answer in answers) / (7 * 19), rel=1e-5)

@@ -100,7 +100,7 @@ def test_two_variants_are_compared_on_the_same_text(make_model, make_windows):
     assert [entry.better for entry in (kl, agreement)] == ["first", "first"]
     assert kl.difference == pytest.approx(variants[1].kl - variants[0].kl)
     assert perplexity_.difference == pytest.approx(variants[1].model.perplexity - variants[0].model.perplexity)
-    assert kl.verdict("small", "large").startswith("small is better by ")
+    assert kl.verdict("small", "large").startswith("small is better than large by ")
     swapped = compare_divergences(*reversed(variants))
     assert swapped[1].better == "second"
     assert swapped[1].interval == pytest.approx((-kl.interval[1], -kl.interval[0]))

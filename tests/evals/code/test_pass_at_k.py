@@ -3,8 +3,10 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import tempfile
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +79,27 @@ def test_a_completion_cannot_leave_before_it_is_tested():
     leave = "    return 1\nimport os, sys\nos._exit(0)\n"
     found = run_completions(PROBLEMS[:1], {"add": [leave]})
     assert found.pass_at[1] == 0
+
+
+@pytest.mark.skipif(not all(protections().values()), reason="this kernel cannot lock programs in")
+def test_malicious_solutions_are_failures_and_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    victim = tmp_path / "victim"
+    solutions = [
+        "    import os\n    while True: os.fork()\n",
+        "    return bytearray(10 << 30)\n",
+        "    while True: pass\n",
+        f"    open({str(victim)!r}, 'w').write('x')\n    return a + b\n",
+        "    import socket\n    socket.create_connection(('127.0.0.1', 9))\n    return a + b\n",
+        "    import os\n    os.kill(os.getppid(), 9)\n    return a + b\n",
+        "    return a + b\n",
+    ]
+    found = run_completions(PROBLEMS[:1], {"add": solutions}, limits=Limits(seconds=2))
+    assert [ended.passed for ended in found.outcomes["add"]] == [False] * 6 + [True]
+    assert list(tmp_path.iterdir()) == []
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert left == []
 
 
 @pytest.mark.parametrize("name", ["problems.jsonl", "problems.jsonl.gz"])

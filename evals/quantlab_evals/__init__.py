@@ -22,7 +22,7 @@ from .perplexity import (
 )
 from .recorded import RecordedReference
 from .recording import fingerprint_folder, fingerprint_model, recorded_reference
-from .reference import LiveReference, RecordLoss
+from .reference import LiveReference, RecordLoss, Reference
 from .rolling import RollingPerplexity, rolling_perplexity
 from .summaries import Summaries, SummaryPair, load_pairs, rouge_scorer, summarize_documents
 from .tasks import Choices, TaskResult, TaskResults, check_tasks, compare_choices, run_tasks
@@ -48,6 +48,7 @@ __all__ = [
     "Perplexity",
     "RecordLoss",
     "RecordedReference",
+    "Reference",
     "RollingPerplexity",
     "Sampling",
     "Scored",

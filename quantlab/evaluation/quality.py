@@ -19,7 +19,7 @@ from quantlab_evals import (
     EvalError,
     LiveReference,
     NllMeasure,
-    RecordedReference,
+    Reference,
     TextSource,
     TokenMeasure,
     Windows,
@@ -118,7 +118,7 @@ def evaluate(
         tokenizer=tokenizer,
         progress=progress,
     )
-    return _measure(subject, plan, None if cache is None else Path(cache))
+    return _measure(subject, plan, _reference(plan, None if cache is None else Path(cache)))
 
 
 def evaluate_variants(
@@ -137,8 +137,9 @@ def evaluate_variants(
     subjects = [Subject.of(model) for model in models]
     plan = _plan(subjects, text, **settings)
     with _cache_folder(cache) as folder:
+        reference = _reference(plan, folder)
         for subject in subjects:
-            yield _measure(subject, plan, folder)
+            yield _measure(subject, plan, reference)
             gc.collect()  # modules refer to each other in rings
 
 
@@ -188,11 +189,13 @@ def _chosen_measures(measures: Sequence[str] | None, original: Subject | None) -
     return tuple(measures)
 
 
-def _measure(subject: Subject, plan: _Plan, cache: Path | None) -> Evaluation:
-    divergence = _divergence_measure(plan, cache)  # may hold the original meanwhile, so it comes first
+def _measure(subject: Subject, plan: _Plan, reference: Reference | None) -> Evaluation:
     module = subject.loaded()
     started = time.perf_counter()
     nll = NllMeasure(plan.windows, "the model")
+    divergence = None
+    if reference is not None:
+        divergence = DivergenceMeasure(plan.windows, reference, batch_size=plan.batch_size)
     calibration = CalibrationMeasure(len(plan.windows)) if "calibration" in plan.measures else None
     running: list[TokenMeasure] = [each for each in (nll, divergence, calibration) if each is not None]
     run_measures(module, plan.windows, running, batch_size=plan.batch_size, progress=plan.progress)
@@ -217,22 +220,20 @@ def _measure(subject: Subject, plan: _Plan, cache: Path | None) -> Evaluation:
     )
 
 
-def _divergence_measure(plan: _Plan, cache: Path | None) -> DivergenceMeasure | None:
+def _reference(plan: _Plan, cache: Path | None) -> Reference | None:
+    """The original, loaded, or from its record, which is made here if there is none."""
     if plan.original is None:
         return None
-    reference: LiveReference | RecordedReference
     if cache is None:
-        reference = LiveReference(plan.original.loaded())
-    else:
-        reference = recorded_reference(
-            cache,
-            plan.original.fingerprint(),
-            plan.windows,
-            plan.original.loaded,
-            batch_size=plan.batch_size,
-            progress=plan.progress,
-        )
-    return DivergenceMeasure(plan.windows, reference, batch_size=plan.batch_size)
+        return LiveReference(plan.original.loaded())
+    return recorded_reference(
+        cache,
+        plan.original.fingerprint(),
+        plan.windows,
+        plan.original.loaded,
+        batch_size=plan.batch_size,
+        progress=plan.progress,
+    )
 
 
 def _check_settings(length: object, windows: object, bos: object, batch_size: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,11 +43,15 @@ class Records:
         return None if record is None or "error" in record else record
 
     def append(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Add a record, on disk when this returns."""
-        entry = {"key": key, **record}
+        """Add a record, on disk when this returns; numbers that are not finite become null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()  # JSON has no other numbers
+        }
+        entry = {"key": key, **finite}
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(("" if self._ends_with_a_line else "\n") + json.dumps(entry) + "\n")
+                file.write(("" if self._ends_with_a_line else "\n") + json.dumps(entry, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

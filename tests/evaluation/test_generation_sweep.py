@@ -110,11 +110,11 @@ def test_records_survive_what_was_half_written(tmp_path):
     again = Records(tmp_path / "r.jsonl")
     assert again.get("b") is None
     again.append("b", {"error": "no"})
-    again.append("c", {"value": 3})
+    again.append("c", {"value": 3, "perplexity": float("inf")})
     last = Records(tmp_path / "r.jsonl")
     assert last.get("a") == {"key": "a", "value": 1}
     assert last.get("b") is None
-    assert last.get("c")["value"] == 3
+    assert last.get("c") == {"key": "c", "value": 3, "perplexity": None}
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be used"):
         Records(tmp_path / "file" / "r.jsonl")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from quantlab_kernels import decode, pack, packed_width, quantized_linear, unpack
+from quantlab_kernels import decode, pack, packed_width, quantized_linear, reference, unpack
 from torch import nn
 
 from quantlab.errors import QuantlabError
@@ -89,6 +89,11 @@ class Storage:
             outer_offset=outer is not None and outer.offset is not None,
             bias=bias,
         )
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code of an integer format; 0 for formats whose table is looked up."""
+        return -(self.table_size // 2) if self.format.startswith("int") else 0
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON mapping that :meth:`from_dict` reads back; what is at its default is left out."""
@@ -206,6 +211,7 @@ class _Quantized(nn.Module):
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype))
         bias = nn.Parameter(torch.empty(storage.out_features), requires_grad=False) if storage.bias else None
         self.register_parameter("bias", bias)
+        self._decoded: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None] | None = None
 
     @classmethod
     def from_qtensor(cls, qtensor: QTensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -251,6 +257,7 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
+        self._decoded = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -265,14 +272,26 @@ class QuantLinear(_Quantized):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        low_rank = None
-        if self.low_rank_left is not None and self.low_rank_right is not None:
-            factors = LowRank(self.low_rank_left, self.low_rank_right, self.low_rank_scales)
-            low_rank = (factors.scaled_left(x.dtype), factors.right)
-        scales = self.scales
-        if self.outer_scales is not None:
-            scales = decode_scales(scales, OuterScales(self.outer_scales, self.outer_offset))
-        return quantized_linear(x, self.codes, scales, self.zeros, self.table, self.storage.bits, self.bias, low_rank)
+        scales, low_rank = self._operands()
+        arguments = (x, self.codes, scales, self.zeros, self.table, self.storage.bits, self.bias, low_rank)
+        if torch.is_grad_enabled() and x.requires_grad:  # kernels have no gradients
+            return reference.quantized_linear(*arguments)
+        return quantized_linear(*arguments, self.storage.offset)
+
+    def _operands(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Scales and low-rank factors as kernels take them: scales of two levels and int8 factors are decoded, once."""
+        left, right = self.low_rank_left, self.low_rank_right
+        low_rank = None if left is None or right is None else (left, right)
+        if self.outer_scales is None and self.low_rank_scales is None:
+            return self.scales, low_rank
+        if self._decoded is None:
+            scales = self.scales
+            if self.outer_scales is not None:
+                scales = decode_scales(scales, OuterScales(self.outer_scales, self.outer_offset))
+            if low_rank is not None:
+                low_rank = (LowRank(*low_rank, self.low_rank_scales).scaled_left(), low_rank[1])
+            self._decoded = (scales, low_rank)
+        return self._decoded
 
 
 class QuantEmbedding(_Quantized):

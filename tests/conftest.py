@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import quantlab_kernels
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -18,6 +19,13 @@ def _quiet_and_single_threaded():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def reference_kernel():
+    """Quantized layers compute with the decoded weight exactly: for tests that compare to the bit."""
+    with quantlab_kernels.force("reference"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from quantlab.errors import QuantlabError
 from quantlab.nn import QuantLinear, Storage, UnfusedExperts, unfuse_experts
 from quantlab.numerics import LowRank, QTensor, apply_scales, choose_scales, grid
 
+pytestmark = pytest.mark.usefixtures("reference_kernel")
+
 
 def qtensor(bits=4, granularity=16, *, symmetric=True, dtype=torch.bfloat16, low_rank=0, out=12, columns=64):
     generator = torch.Generator().manual_seed(bits)

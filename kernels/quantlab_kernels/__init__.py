@@ -1,7 +1,20 @@
 """Low-bit matrix products on raw tensors: no models, no modules, nothing of quantlab."""
 
-from quantlab_kernels.dispatch import quantized_linear
+from quantlab_kernels import reference
+from quantlab_kernels.dispatch import KERNELS, Choice, choose, force
+from quantlab_kernels.ops import quantized_linear
 from quantlab_kernels.packing import pack, packed_width, unpack
 from quantlab_kernels.reference import decode
 
-__all__ = ["decode", "pack", "packed_width", "quantized_linear", "unpack"]
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "choose",
+    "decode",
+    "force",
+    "pack",
+    "packed_width",
+    "quantized_linear",
+    "reference",
+    "unpack",
+]

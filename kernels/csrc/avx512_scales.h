@@ -1,0 +1,116 @@
+// How the float32 lanes of a product get their scales and zeros, for AVX-512.
+#pragma once
+
+#include "target.h"
+
+#include "avx512_codes.h"
+
+#if QL_X86
+#include <immintrin.h>
+
+QL_AVX512_BEGIN
+
+namespace quantlab {
+namespace {
+
+QL_INLINE __m512 zero() { return _mm512_setzero_ps(); }
+
+// The first `count` of 16 lanes, all of them from 16 on.
+QL_INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? __mmask16(0xffff) : __mmask16(_bzhi_u32(0xffff, unsigned(count)));
+}
+
+// 16 numbers of `type` from `first` on as float32; those outside of the mask are 0 and not read.
+QL_INLINE __m512 load_floats(const void *data, int type, int64_t first, __mmask16 mask) {
+    switch (type) {
+        case QL_FLOAT32: return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(data) + first);
+        case QL_FLOAT16:
+            return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(data) + first));
+        case QL_BFLOAT16:
+            return _mm512_castsi512_ps(_mm512_slli_epi32(
+                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(data) + first)), 16));
+        case QL_INT8:
+            return _mm512_cvtepi32_ps(
+                _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, static_cast<const int8_t *>(data) + first)));
+        default: {
+            float values[16] = {};
+            for (int i = 0; i < 16; i++)
+                if (mask >> i & 1) values[i] = load_as_float(data, type, first + i);
+            return _mm512_loadu_ps(values);
+        }
+    }
+}
+
+QL_INLINE void load_row(const void *data, int type, int64_t first, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i += 16)
+        _mm512_storeu_ps(out + i, load_floats(data, type, first + i, first_lanes(count - i)));
+}
+
+// How the float32 lanes of a block get their scales.
+enum class Spread {
+    kBlock,     // one scale a block, or one for several blocks
+    kRepeated,  // several a block, in the same places of each
+    kAnywhere   // groups that begin inside of blocks
+};
+
+struct Scaling {
+    Spread spread;
+    int64_t per_block;        // kRepeated: scales of a block
+    __m512i lanes;            // kRepeated: of which of them a lane is
+    const int32_t *group_of;  // kBlock: [blocks], kAnywhere: [16 * blocks]
+};
+
+template <Spread SPREAD>
+QL_INLINE __m512 scale_of(const Scaling &scaling, const float *scales, int64_t block) {
+    if constexpr (SPREAD == Spread::kBlock) return _mm512_set1_ps(scales[scaling.group_of[block]]);
+    if constexpr (SPREAD == Spread::kRepeated)
+        return _mm512_permutexvar_ps(scaling.lanes, _mm512_loadu_ps(scales + block * scaling.per_block));
+    return _mm512_i32gather_ps(_mm512_loadu_si512(scaling.group_of + 16 * block), scales, 4);
+}
+
+// Finds the scales of a block's lanes: once a product, for all outputs.
+template <int BITS>
+struct ScalingOf : Scaling {
+    explicit ScalingOf(const ql_weight &weight) : Scaling{}, map(16 * padded<BITS>(weight) / Codes<BITS>::kBlock) {
+        using C = Codes<BITS>;
+        const int64_t group = weight.columns / weight.groups, blocks = padded<BITS>(weight) / C::kBlock;
+        group_of = map.data;
+        spread = weight.groups == 1 || group % C::kBlock == 0 ? Spread::kBlock
+                 : C::kBlock % group == 0                     ? Spread::kRepeated
+                                                              : Spread::kAnywhere;
+        per_block = spread == Spread::kRepeated ? C::kBlock / group : 0;
+        int32_t first[16];
+        for (int lane = 0; lane < 16; lane++) first[lane] = int32_t(C::first(lane) / group);
+        lanes = _mm512_loadu_si512(first);
+        const int step = spread == Spread::kBlock ? 1 : 16;
+        for (int64_t i = 0; i < blocks * step; i++) {
+            const int64_t code = i / step * C::kBlock + (step == 1 ? 0 : C::first(int(i % 16)));
+            map[i] = int32_t(code / group < weight.groups ? code / group : weight.groups - 1);
+        }
+    }
+    Buffer<int32_t> map;
+};
+
+QL_INLINE __m512 lane_scales(const Scaling &scaling, const float *scales, int64_t block) {
+    switch (scaling.spread) {
+        case Spread::kBlock: return scale_of<Spread::kBlock>(scaling, scales, block);
+        case Spread::kRepeated: return scale_of<Spread::kRepeated>(scaling, scales, block);
+        default: return scale_of<Spread::kAnywhere>(scaling, scales, block);
+    }
+}
+
+// What the zeros of one output take away: the sum of scale * zero * the activations' sum over groups.
+QL_INLINE float zero_shift(const float *scales, const float *zeros, const float *sums, int64_t groups) {
+    __m512 shift = zero();
+    for (int64_t g = 0; g < groups; g += 16) {
+        __m512 products = _mm512_mul_ps(_mm512_loadu_ps(scales + g), _mm512_loadu_ps(zeros + g));
+        shift = _mm512_fmadd_ps(products, _mm512_maskz_loadu_ps(first_lanes(groups - g), sums + g), shift);
+    }
+    return _mm512_reduce_add_ps(shift);
+}
+
+}  // namespace
+}  // namespace quantlab
+
+QL_TARGET_END
+#endif

@@ -1,0 +1,233 @@
+// The C interface: what is the same for all instruction sets. Activations are prepared once, outputs are divided among
+// threads, and each output is summed by one of them in a fixed order, so that results do not depend on their number.
+#include "job.h"
+
+// The threads are those that torch has: a second team would spin against the first. Where there is no OpenMP in the
+// process, one thread does it all.
+#if defined(__GNUC__) && !defined(_WIN32)
+extern "C" {
+void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
+int omp_get_thread_num(void) __attribute__((weak));
+int omp_get_num_threads(void) __attribute__((weak));
+}
+#define QL_THREADS 1
+#else
+#define QL_THREADS 0
+#endif
+
+using namespace quantlab;
+
+namespace {
+
+constexpr int64_t kUnit = 16;              // outputs; threads then write different cache lines
+constexpr int64_t kWorthAThread = 1 << 15;  // products: fewer are done before a thread wakes up
+
+template <typename Function>
+struct Division {
+    const Function *function;
+    int64_t count;
+
+    static void part(void *data) {
+        const auto &self = *static_cast<const Division *>(data);
+#if QL_THREADS
+        const int64_t me = omp_get_thread_num(), of = omp_get_num_threads();
+#else
+        const int64_t me = 0, of = 1;
+#endif
+        const int64_t units = (self.count + kUnit - 1) / kUnit;
+        const int64_t begin = units * me / of * kUnit, end = units * (me + 1) / of * kUnit;
+        if (begin < self.count) (*self.function)(begin, end < self.count ? end : self.count);
+    }
+};
+
+// Calls function(begin, end) for parts of 0..count, each on a thread.
+template <typename Function>
+void divide(int64_t count, int threads, int64_t work, const Function &function) {
+    const int64_t wanted = work / kWorthAThread + 1;
+    if (wanted < threads) threads = int(wanted);
+#if QL_THREADS
+    if (threads > 1 && GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {
+        Division<Function> division = {&function, count};
+        GOMP_parallel(Division<Function>::part, &division, unsigned(threads), 0);
+        return;
+    }
+#endif
+    function(0, count);
+}
+
+const Kernel *kernel_of(int isa) {
+    switch (isa) {
+        case QL_AVX512: return avx512_kernel();
+        case QL_AVX2: return avx2_kernel();
+        default: return scalar_kernel();
+    }
+}
+
+// How many bfloat16 numbers add up to one activation.
+int pieces_of(int activation_type) {
+    return activation_type == QL_BFLOAT16 ? 1 : activation_type == QL_FLOAT16 ? 2 : 3;
+}
+
+bool exact_in_bfloat16(const ql_weight &weight) {
+    for (int i = 0; i < weight.table_size; i++)
+        if (float_to_bits(weight.table[i]) & 0xffff) return false;
+    return true;
+}
+
+// A weight whose table can be read up to the highest code.
+struct Padded : ql_weight {
+    explicit Padded(const ql_weight &weight) : ql_weight(weight) {
+        memcpy(values, weight.table, size_t(weight.table_size) * sizeof(float));
+        table = values;
+    }
+    float values[256] = {};
+};
+
+// Activations as a kernel wants them. With bfloat16 kernels a row becomes as many rows as it takes to hold it.
+struct Activations {
+    Activations(const Kernel &kernel, const ql_weight &weight, const void *x, int64_t rows, int type)
+        : stride(kernel.padded(weight)),
+          pieces(kernel.halves ? pieces_of(type) : 1),
+          halves(kernel.halves ? rows * pieces * stride : 0),
+          floats(kernel.halves ? 0 : rows * stride),
+          plain(weight.columns),
+          sums(weight.zeros ? rows * pieces * weight.groups : 0) {
+        Buffer<uint16_t> piece(weight.columns);
+        for (int64_t m = 0; m < rows; m++) {
+            if (type == QL_BFLOAT16 && kernel.halves) {
+                const uint16_t *row = static_cast<const uint16_t *>(x) + m * weight.columns;
+                kernel.permute(weight, row, halves.data + m * stride);
+            } else if (kernel.halves) {
+                load_floats(x, type, m * weight.columns, weight.columns, plain.data);
+                for (int p = 0; p < pieces; p++) {
+                    for (int64_t k = 0; k < weight.columns; k++) {
+                        piece[k] = to_bfloat16(plain[k]);
+                        plain[k] -= from_bfloat16(piece[k]);
+                    }
+                    kernel.permute(weight, piece.data, halves.data + (m * pieces + p) * stride);
+                }
+            } else {
+                load_floats(x, type, m * weight.columns, weight.columns, floats.data + m * stride);
+            }
+            // The sums are whole in a row's first piece; those of the others stay 0.
+            if (weight.zeros) sum_groups(weight, x, type, m, sums.data + m * pieces * weight.groups);
+        }
+    }
+
+    void sum_groups(const ql_weight &weight, const void *x, int type, int64_t row, float *out) {
+        const int64_t group = weight.columns / weight.groups;
+        load_floats(x, type, row * weight.columns, weight.columns, plain.data);
+        for (int64_t g = 0; g < weight.groups; g++)
+            for (int64_t i = 0; i < group; i++) out[g] += plain[g * group + i];
+    }
+
+    bool complete() const { return halves.block && floats.block && plain.block && sums.block; }
+    const void *data() const { return halves.count ? static_cast<const void *>(halves.data) : floats.data; }
+
+    int64_t stride;
+    int pieces;
+    Buffer<uint16_t> halves;
+    Buffer<float> floats, plain, sums;
+};
+
+// x right^T, float32 [rows, rank].
+void project(const Kernel &kernel, const ql_weight &weight, const void *x, int64_t rows, int type, int threads,
+             float *out) {
+    Buffer<float> floats(rows * weight.columns);
+    load_floats(x, type, 0, rows * weight.columns, floats.data);
+    divide(weight.rank, threads, rows * weight.rank * weight.columns, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++)
+            for (int64_t m = 0; m < rows; m++)
+                out[m * weight.rank + r] = kernel.dot(weight.right, weight.right_type, r * weight.columns,
+                                                      floats.data + m * weight.columns, weight.columns);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+int ql_best_isa(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
+        return QL_AVX512;
+    if (avx2) return QL_AVX2;
+#endif
+    return QL_SCALAR;
+}
+
+int ql_choose(const ql_weight *weight, int activation_type, int at_most) {
+    static const int best = ql_best_isa();
+    for (int isa = at_most < best ? at_most : best; isa > QL_SCALAR; isa--) {
+        const Kernel &kernel = *kernel_of(isa);
+        if (kernel.supports(*weight) &&
+            (!kernel.halves || activation_type == QL_BFLOAT16 || exact_in_bfloat16(*weight)))
+            return isa;
+    }
+    return QL_SCALAR;
+}
+
+// AVX2 pads its own copy of activations only.
+int64_t ql_padded(const ql_weight *weight, int isa) {
+    const Kernel &kernel = *kernel_of(isa);
+    return kernel.halves ? kernel.padded(*weight) : weight->columns;
+}
+
+int ql_linear(const ql_weight *of, const void *x, void *y, int64_t rows, int type, int isa, int threads) {
+    const Kernel &kernel = *kernel_of(isa);
+    const Padded weight(*of);
+    const Activations activations(kernel, weight, x, rows, type);
+    const int64_t pieces = activations.pieces, group = weight.columns / weight.groups;
+    Buffer<float> sums(rows * pieces * weight.outputs), projected(rows * weight.rank);
+    if (!activations.complete() || !sums.block || !projected.block) return 1;
+    if (weight.rank) project(kernel, weight, x, rows, type, threads, projected.data);
+    const Job job = {&weight,
+                     rows * pieces,
+                     group,
+                     (weight.columns * weight.bits + 7) / 8,
+                     activations.data(),
+                     activations.stride,
+                     activations.sums.data,
+                     sums.data};
+    divide(weight.outputs, threads, rows * weight.outputs * weight.columns, [&](int64_t begin, int64_t end) {
+        kernel.multiply(job, begin, end);
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t n = begin; n < end; n++) {
+                float value = weight.bias ? load_as_float(weight.bias, weight.bias_type, n) : 0.0f;
+                for (int64_t p = pieces - 1; p >= 0; p--) value += sums[(m * pieces + p) * weight.outputs + n];
+                if (weight.rank)
+                    value += kernel.dot(weight.left, weight.left_type, n * weight.rank,
+                                        projected.data + m * weight.rank, weight.rank);
+                store_float(y, type, m * weight.outputs + n, value);
+            }
+    });
+    return 0;
+}
+
+int ql_permute(const ql_weight *weight, const void *x, void *out, int64_t rows, int isa, int threads) {
+    const Kernel &kernel = *kernel_of(isa);
+    const int64_t width = kernel.padded(*weight);
+    divide(rows, threads, rows * width, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++)
+            kernel.permute(*weight, static_cast<const uint16_t *>(x) + m * weight->columns,
+                           static_cast<uint16_t *>(out) + m * width);
+    });
+    return 0;
+}
+
+int ql_decode(const ql_weight *of, void *out, int64_t begin, int64_t end, int type, int isa, int threads) {
+    const Kernel &kernel = *kernel_of(isa);
+    const Padded weight(*of);
+    const int64_t width = ql_padded(of, isa);
+    const int64_t size = type == QL_FLOAT32 ? 4 : 2;
+    divide(end - begin, threads, (end - begin) * width, [&](int64_t first, int64_t last) {
+        kernel.decode(weight, static_cast<char *>(out) + first * width * size, type, begin + first, begin + last);
+    });
+    return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,52 @@
+// The C interface of the CPU kernels: raw pointers in, raw pointers out, no Python and no torch.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { QL_FLOAT32, QL_FLOAT16, QL_BFLOAT16, QL_INT8, QL_E8M0 } ql_type;
+typedef enum { QL_SCALAR, QL_AVX2, QL_AVX512 } ql_isa;
+
+// y = x W^T + (x right^T) left^T + bias, with W[n, k] = (table[code[n, k]] - zero[n, g]) * scale[n, g].
+// Codes are dense little-endian bit streams, a row at a time; a group g is `columns / groups` neighbouring inputs.
+typedef struct {
+    const uint8_t *codes;   // [outputs, (columns * bits + 7) / 8]
+    const void *scales;     // [scale_rows, groups], scale_rows 1 or outputs
+    const void *zeros;      // like scales, or null
+    const float *table;     // [table_size]
+    const void *bias;       // [outputs], or null
+    const void *left;       // [outputs, rank], or null
+    const void *right;      // [rank, columns]
+    int64_t outputs, columns, groups, scale_rows, rank;
+    int32_t bits, table_size;
+    int32_t scale_type, zero_type, bias_type, left_type, right_type;
+} ql_weight;
+
+// The best instruction set that this machine has and that was compiled.
+int ql_best_isa(void);
+
+// The best one, `at_most` that, for this weight and activations of this type. QL_SCALAR takes everything.
+int ql_choose(const ql_weight *weight, int activation_type, int at_most);
+
+// x [rows, columns], y [rows, outputs], both of `activation_type`; `isa` as `ql_choose` says. The result does not depend on
+// `threads`. Returns 0, or 1 where memory ran out.
+int ql_linear(const ql_weight *weight, const void *x, void *y, int64_t rows, int activation_type, int isa, int threads);
+
+// Weights of the outputs begin..end, and activations, in an order that they share: [end - begin, ql_padded] and [rows,
+// ql_padded]. With AVX-512 everything is bfloat16 and columns are padded; else weights are of `type`, in their own order.
+int64_t ql_padded(const ql_weight *weight, int isa);
+int ql_decode(const ql_weight *weight, void *out, int64_t begin, int64_t end, int type, int isa, int threads);
+int ql_permute(const ql_weight *weight, const void *x, void *out, int64_t rows, int isa, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

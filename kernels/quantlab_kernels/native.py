@@ -1,0 +1,258 @@
+"""The compiled CPU library: where it is, what it can do, and its functions on tensors.
+
+Two parts. The kernels (``csrc/linear.cpp`` and its like) have a plain C interface and are built when the package is
+installed. ``csrc/torch_op.cpp`` registers them with torch without Python in between; it depends on torch's headers, so
+it is built when it is first needed, once for each version of torch, into a cache. Where there is no compiler the first
+part is called through ctypes, and where there is no first part :mod:`quantlab_kernels.reference` does the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ISAS = ("scalar", "avx2", "avx512")
+_TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.int8: 3,
+    torch.float8_e8m0fnu: 4,
+}
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+SCALES = (*ACTIVATIONS, torch.float8_e8m0fnu)
+_HERE = Path(__file__).parent
+_LOG = logging.getLogger(__name__)
+
+
+class _Weight(ctypes.Structure):
+    """``ql_weight`` of quantlab_cpu.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "table", "bias", "left", "right")),
+        *((name, ctypes.c_int64) for name in ("outputs", "columns", "groups", "scale_rows", "rank")),
+        *((name, ctypes.c_int32) for name in ("bits", "table_size", "scale_type", "zero_type")),
+        *((name, ctypes.c_int32) for name in ("bias_type", "left_type", "right_type")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built or cannot be loaded."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = _HERE / f"_cpu{suffix}"
+        if path.exists():
+            try:
+                return _declared(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError) as error:
+                _LOG.warning("the compiled kernels are not used: %s", error)
+    return None
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    weight, pointer, long = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64
+    found.ql_choose.argtypes = [weight, ctypes.c_int, ctypes.c_int]
+    found.ql_linear.argtypes = [weight, pointer, pointer, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    found.ql_padded.argtypes = [weight, ctypes.c_int]
+    found.ql_padded.restype = long
+    found.ql_decode.argtypes = [weight, pointer, long, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    found.ql_permute.argtypes = [weight, pointer, pointer, long, ctypes.c_int, ctypes.c_int]
+    return found
+
+
+def best_isa() -> str | None:
+    """The best instruction set of this machine that there are kernels for, or None without compiled kernels."""
+    found = library()
+    return None if found is None else ISAS[found.ql_best_isa()]
+
+
+class Weight:
+    """One quantized weight as the compiled kernels see it. It borrows the tensors' memory: keep them.
+
+    Args:
+        at_most: an instruction set that is not to be exceeded.
+
+    Raises:
+        ValueError: a tensor is not contiguous, not on the CPU, or of a dtype that there is no kernel for.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        table: torch.Tensor,
+        bits: int,
+        columns: int,
+        bias: torch.Tensor | None = None,
+        low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+        at_most: str = ISAS[-1],
+    ) -> None:
+        left, right = low_rank or (None, None)
+        found = library()
+        if found is None:
+            raise ValueError("the CPU kernels were not compiled")
+        self._library, self._at_most, self.columns = found, ISAS.index(at_most), columns
+        self._c = _Weight(
+            codes=_address("codes", codes),
+            scales=_address("scales", scales),
+            zeros=_address("zeros", zeros),
+            table=_address("table", table),
+            bias=_address("bias", bias),
+            left=_address("left", left),
+            right=_address("right", right),
+            outputs=codes.shape[0],
+            columns=columns,
+            groups=scales.shape[1],
+            scale_rows=scales.shape[0],
+            rank=0 if left is None else left.shape[1],
+            bits=bits,
+            table_size=table.numel(),
+            scale_type=_type("scales", scales),
+            zero_type=_type("zeros", zeros),
+            bias_type=_type("bias", bias),
+            left_type=_type("left low-rank factor", left),
+            right_type=_type("right low-rank factor", right),
+        )
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the weight."""
+        return int(self._c.outputs)
+
+    def isa(self, dtype: torch.dtype) -> str:
+        """The instruction set that runs this weight with activations of ``dtype``."""
+        return ISAS[self._choose(dtype)]
+
+    def _choose(self, dtype: torch.dtype) -> int:
+        return self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], self._at_most)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]`` to ``[rows, outputs]``, with the bias and the low-rank term."""
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], self.outputs, dtype=x.dtype)
+        isa, threads = self._choose(x.dtype), torch.get_num_threads()
+        arguments = (x.data_ptr(), y.data_ptr(), x.shape[0], _TYPES[x.dtype], isa, threads)
+        if self._library.ql_linear(ctypes.byref(self._c), *arguments):
+            raise MemoryError(f"no memory for a product of {list(x.shape)} with {self.outputs} outputs")
+        return y
+
+    def _decoder(self, dtype: torch.dtype) -> int:
+        """AVX-512 decodes to bfloat16 only."""
+        return min(self._choose(dtype), len(ISAS) - 1 if dtype == torch.bfloat16 else ISAS.index("avx2"))
+
+    def aligned(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [rows, columns]`` in the order of :meth:`decoded`'s columns."""
+        isa = self._decoder(x.dtype)
+        if ISAS[isa] != "avx512":
+            return x
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], self._library.ql_padded(ctypes.byref(self._c), isa), dtype=x.dtype)
+        arguments = (x.data_ptr(), out.data_ptr(), x.shape[0], isa, torch.get_num_threads())
+        self._library.ql_permute(ctypes.byref(self._c), *arguments)
+        return out
+
+    def decoded(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of some outputs in ``dtype``, columns in the order of :meth:`aligned`."""
+        isa = self._decoder(dtype)
+        out = torch.empty(end - begin, self._library.ql_padded(ctypes.byref(self._c), isa), dtype=dtype)
+        arguments = (out.data_ptr(), begin, end, _TYPES[dtype], isa, torch.get_num_threads())
+        self._library.ql_decode(ctypes.byref(self._c), *arguments)
+        return out
+
+
+def _address(what: str, tensor: torch.Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"{what}: on {tensor.device}, strides {tensor.stride()}; kernels take contiguous CPU tensors")
+    return tensor.data_ptr()
+
+
+def _type(what: str, tensor: torch.Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    if tensor.dtype not in _TYPES:
+        raise ValueError(f"{what}: no kernel takes {tensor.dtype}; use one of {', '.join(map(str, _TYPES))}")
+    return _TYPES[tensor.dtype]
+
+
+# -------------------------------------------------------------------------------------- the op that torch calls itself
+
+
+def register() -> bool:
+    """Register ``quantlab::linear`` for the CPU in C++, which :func:`configure` then tells what to run without Python.
+
+    Returns:
+        Whether it is registered. It is not without a compiler, or where ``QUANTLAB_NO_BUILD`` is set.
+    """
+    return library() is not None and _operator() is not None
+
+
+def configure(most_rows: int, at_most: str = ISAS[-1]) -> None:
+    """Let the C++ operator run products of up to ``most_rows`` rows itself; it hands all others to ``linear_any``."""
+    found = library()
+    operator = None if found is None else _operator()
+    if found is None or operator is None:
+        return
+    address = [ctypes.cast(function, ctypes.c_void_p) for function in (found.ql_choose, found.ql_linear)]
+    operator.ql_configure(*address, ctypes.c_int(ISAS.index(at_most)), ctypes.c_int64(most_rows))
+
+
+@cache
+def _operator() -> ctypes.CDLL | None:
+    source = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if (p / "torch_op.cpp").exists()), None)
+    compiler = next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))), None)
+    if source is None or compiler is None or os.environ.get("QUANTLAB_NO_BUILD") or sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(source, compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOG.warning("quantlab::linear is called through Python: %s", str(error).splitlines()[0])
+        return None
+
+
+def _built(source: Path, compiler: str) -> Path:
+    """The operator's library, out of the cache or built into it."""
+    texts = b"".join((source / name).read_bytes() for name in ("torch_op.cpp", "quantlab_cpu.h"))
+    digest = hashlib.sha256(texts).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab" / "kernels"
+    target = folder / f"torch_op-{torch.__version__}-{digest}.so"
+    if target.exists():
+        return target
+    root = Path(torch.__file__).parent
+    include = [source, root / "include", root / "include/torch/csrc/api/include"]
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # no home to write to: for this process alone
+            folder = Path(tempfile.mkdtemp(prefix="quantlab-"))
+            target = folder / target.name
+        building = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))) / target.name
+        command = [compiler, "-O2", "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        command += [f"-I{path}" for path in include]
+        command += [str(source / "torch_op.cpp"), f"-L{root / 'lib'}", "-ltorch_cpu", "-o", str(building)]
+        _LOG.info("building %s, once for this version of torch", target)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {done.stderr.strip()[:500]}")
+        os.replace(building, target)  # whole or not at all, whoever else builds it
+    return target
+
+
+def describe() -> dict[str, Any]:
+    """What there is on this machine, for reports."""
+    return {"compiled": library() is not None, "isa": best_isa(), "threads": torch.get_num_threads()}

@@ -1,0 +1,84 @@
+// Products of all kinds in buffers that end where their data ends: the sanitizers watch.
+#include <cstdio>
+#include <initializer_list>
+#include <memory>
+
+#include "quantlab_cpu.h"
+
+namespace {
+
+// Exactly as large as asked for, so that one byte too far is seen.
+template <typename T>
+std::unique_ptr<T[]> filled(int64_t count, T (*value)(int64_t)) {
+    std::unique_ptr<T[]> data(new T[size_t(count)]);
+    for (int64_t i = 0; i < count; i++) data[size_t(i)] = value(i);
+    return data;
+}
+
+uint16_t small_bfloat16(int64_t i) { return uint16_t(0x3f00 + i * 37 % 64 + (i % 3 == 0) * 0x8000); }
+uint8_t any_byte(int64_t i) { return uint8_t(i * 2654435761u >> 13); }
+int8_t any_zero(int64_t i) { return int8_t(i % 9 - 4); }
+float any_value(int64_t i) { return float(i % 17) - 8.0f; }
+
+}  // namespace
+
+int main() {
+    long products = 0;
+    const int64_t shapes[][2] = {{64, 1},  {128, 2}, {256, 4}, {576, 9}, {96, 1}, {96, 4}, {520, 65}, {72, 9},
+                                 {33, 1},  {39, 3},  {1, 1},   {1024, 2}, {192, 2}, {640, 5}, {1000, 1}};
+    for (int bits = 1; bits <= 8; bits++)
+        for (const auto &shape : shapes)
+            for (int64_t outputs : {1, 5, 18})
+                for (int64_t rows : {1, 2, 3, 4, 7, 8, 13})
+                    for (int kind = 0; kind < 4; kind++) {
+                        const int64_t columns = shape[0], groups = shape[1], rank = kind == 3 ? 3 : 0;
+                        const int64_t bytes = (columns * bits + 7) / 8, scale_rows = kind == 2 ? 1 : outputs;
+                        const int sizes[] = {4, 2, 2};
+                        const int type = kind % 3;
+                        auto codes = filled<uint8_t>(outputs * bytes, any_byte);
+                        auto scales = filled<uint16_t>(scale_rows * groups, small_bfloat16);
+                        auto zeros = filled<int8_t>(scale_rows * groups, any_zero);
+                        auto table = filled<float>(1 << bits, any_value);
+                        auto bias = filled<float>(outputs, any_value);
+                        auto left = filled<uint16_t>(outputs * rank + 1, small_bfloat16);
+                        auto right = filled<uint16_t>(rank * columns + 1, small_bfloat16);
+                        auto x16 = filled<uint16_t>(rows * columns, small_bfloat16);
+                        auto x32 = filled<float>(rows * columns, any_value);
+                        std::unique_ptr<char[]> y(new char[size_t(rows * outputs * sizes[type])]);
+                        ql_weight weight = {};
+                        weight.codes = codes.get();
+                        weight.scales = scales.get();
+                        weight.zeros = kind == 1 || kind == 2 ? zeros.get() : nullptr;
+                        weight.table = table.get();
+                        weight.bias = kind == 3 ? bias.get() : nullptr;
+                        weight.left = rank ? left.get() : nullptr;
+                        weight.right = rank ? right.get() : nullptr;
+                        weight.outputs = outputs;
+                        weight.columns = columns;
+                        weight.groups = groups;
+                        weight.scale_rows = scale_rows;
+                        weight.rank = rank;
+                        weight.bits = bits;
+                        weight.table_size = 1 << bits;
+                        weight.scale_type = weight.left_type = weight.right_type = QL_BFLOAT16;
+                        weight.zero_type = QL_INT8;
+                        weight.bias_type = QL_FLOAT32;
+                        const void *x = type == QL_FLOAT32 ? static_cast<const void *>(x32.get()) : x16.get();
+                        for (int at_most = QL_SCALAR; at_most <= QL_AVX512; at_most++) {
+                            const int isa = ql_choose(&weight, type, at_most);
+                            if (isa != at_most) continue;
+                            if (ql_linear(&weight, x, y.get(), rows, type, isa, 2)) return 1;
+                            const int decoded = isa == QL_AVX512 ? QL_BFLOAT16 : type;
+                            const int64_t width = ql_padded(&weight, isa);
+                            std::unique_ptr<char[]> out(new char[size_t(outputs * width * sizes[decoded])]);
+                            if (ql_decode(&weight, out.get(), 0, outputs, decoded, isa, 1)) return 1;
+                            if (isa == QL_AVX512) {
+                                std::unique_ptr<uint16_t[]> aligned(new uint16_t[size_t(rows * width)]);
+                                if (ql_permute(&weight, x16.get(), aligned.get(), rows, isa, 1)) return 1;
+                            }
+                            products++;
+                        }
+                    }
+    printf("%ld products\n", products);
+    return products ? 0 : 1;
+}

@@ -26,7 +26,7 @@ CLASSWISE_BINS = RELIABILITY_BINS = 15
 _LOG_LIMIT = math.log(5)
 _NODES = 17
 _VOCABULARY = 1024
-_STRIDE = 4
+_STRIDE = 8
 
 Floats = NDArray[np.float64]
 
@@ -139,14 +139,15 @@ class CalibrationMeasure:
         self._confidence.append(_array(confidence))
         self._right.append(_array(top == targets))
         of_truth = p.gather(-1, targets[:, None]).squeeze(-1)
-        self._squares += float((p.square().sum(-1).double() - 2 * of_truth.double() + 1).sum())
+        squares = torch.linalg.vector_norm(p, dim=-1).double().square()
+        self._squares += float((squares - 2 * of_truth.double() + 1).sum())
         self._nll += float(token_nll(log_q, targets).double().sum())
         self._add_gaps(p, of_truth, targets)
         if window < self._fitted:
             self._fit.add(log_q, targets)
         elif (inverse := self._fit.inverse()) is not None:
-            scaled = log_q * inverse
-            self._scaled.append(_array((scaled.max(-1).values - scaled.logsumexp(-1)).exp()))
+            scaled = inverse * confidence.log() - _log_sum_of_powers(log_q, inverse, p)
+            self._scaled.append(_array(scaled.exp()))
             self._in_second += len(targets)
 
     def end_window(self, window: int) -> None:
@@ -156,9 +157,9 @@ class CalibrationMeasure:
         """Sum of probability minus truth, by class and bin of the probability."""
         if self._gaps is None:
             self._gaps = torch.zeros(p.shape[1], CLASSWISE_BINS, dtype=torch.float64, device=p.device)
-        self._gaps[:, 0] += p.sum(0, dtype=torch.float64)
+        self._gaps[:, 0] += p.sum(0)
         # Few probabilities are beyond the first bin: those are moved, instead of each being sorted into one.
-        rows, classes = (p * CLASSWISE_BINS > 1).nonzero(as_tuple=True)
+        rows, classes = (p > 0.999 / CLASSWISE_BINS).nonzero(as_tuple=True)
         moved = p[rows, classes].double()
         self._gaps.index_put_((classes, torch.zeros_like(classes)), -moved, accumulate=True)
         self._gaps.index_put_((classes, _bin_of(p[rows, classes], CLASSWISE_BINS)), moved, accumulate=True)
@@ -207,9 +208,11 @@ class _TemperatureFit:
         stride = _STRIDE if log_q.shape[1] >= _VOCABULARY else 1
         log_q, targets = log_q[::stride], targets[::stride]
         self._count += len(targets)
+        of_truth, buffer = token_nll(log_q, targets), torch.empty_like(log_q)
         for index, node in enumerate(self._nodes):
-            scaled = log_q * math.exp(node)
-            self._sums[index] += float((scaled.logsumexp(-1) + token_nll(scaled, targets)).double().sum())
+            inverse = math.exp(node)
+            nll = inverse * of_truth + _log_sum_of_powers(log_q, inverse, buffer)
+            self._sums[index] += float(nll.double().sum())
 
     def inverse(self) -> float | None:
         """One over the temperature; None without data, or where a truth was ruled out."""
@@ -220,6 +223,14 @@ class _TemperatureFit:
             inside = [root.real for root in roots if abs(root.imag) < 1e-9 and abs(root.real) < _LOG_LIMIT]
             self._inverse = math.exp(min([*inside, -_LOG_LIMIT, _LOG_LIMIT], key=curve))
         return self._inverse
+
+
+def _log_sum_of_powers(log_q: Tensor, power: float, buffer: Tensor) -> Tensor:
+    """log of the sum of `q^power` of each row; `buffer` is overwritten, as large results in new memory are slow.
+
+    The largest of v probabilities is at least 1 / v, so with a power of 5 or less nothing underflows.
+    """
+    return torch.mul(log_q, power, out=buffer).exp_().sum(-1).log()
 
 
 def _array(values: Tensor) -> Floats:

@@ -120,8 +120,7 @@ def evaluate_code(
         prompt = tokenizer(problem.prompt)["input_ids"]
         own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{problem.task_id}".encode()).digest()[:4], "big")
         written = generate(module, prompt, sampling, samples=samples, seed=own_seed)
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-        completions[problem.task_id] = [first_answer(text) for text in texts]
+        completions[problem.task_id] = [first_answer(_text(tokenizer, prompt, tokens)) for tokens in written]
         if progress is not None:
             progress(done, len(loaded_problems))
     result = run_completions(
@@ -134,3 +133,12 @@ def evaluate_code(
         progress=progress,
     )
     return CodeEvaluation(subject.name, str(problems), sampling, samples, seed, result, completions)
+
+
+def _text(tokenizer: Any, prompt: list[int], written: list[int]) -> str:
+    """What was written as text: decoded behind its prompt, or some tokenizers would drop a leading space."""
+
+    def decoded(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decoded([*prompt, *written])[len(decoded(prompt)) :]

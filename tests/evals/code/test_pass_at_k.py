@@ -57,7 +57,7 @@ def test_completions_are_run_and_counted():
         PROBLEMS,
         {"add": [right, wrong, wrong, right], "twice": ["    return 2 * x\n", "    while True: pass\n", "", "    :\n"]},
         ks=(1, 2),
-        limits=Limits(seconds=2),
+        limits=Limits(seconds=6),
         workers=2,
         progress=lambda *done: told.append(done),
     )
@@ -95,7 +95,7 @@ def test_malicious_solutions_are_failures_and_nothing_more(tmp_path, monkeypatch
         "    import os\n    os.kill(os.getppid(), 9)\n    return a + b\n",
         "    return a + b\n",
     ]
-    found = run_completions(PROBLEMS[:1], {"add": solutions}, limits=Limits(seconds=2))
+    found = run_completions(PROBLEMS[:1], {"add": solutions}, limits=Limits(seconds=6))
     assert [ended.passed for ended in found.outcomes["add"]] == [False] * 6 + [True]
     assert list(tmp_path.iterdir()) == []
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]

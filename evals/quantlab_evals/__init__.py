@@ -23,7 +23,7 @@ from .perplexity import (
 from .recorded import RecordedReference
 from .recording import fingerprint_folder, fingerprint_model, recorded_reference
 from .reference import LiveReference, RecordLoss, Reference
-from .rolling import RollingPerplexity, rolling_perplexity
+from .rolling import RollingPerplexity, prefix_token, rolling_perplexity
 from .summaries import Summaries, SummaryPair, load_pairs, rouge_scorer, summarize_documents
 from .tasks import Choices, TaskResult, TaskResults, check_tasks, compare_choices, run_tasks
 from .text import BUILTIN, TextSource, load_documents, load_text
@@ -79,6 +79,7 @@ __all__ = [
     "load_text",
     "paired_difference",
     "perplexity",
+    "prefix_token",
     "recorded_reference",
     "repetition",
     "rolling_perplexity",

@@ -82,7 +82,7 @@ def rolling_perplexity(
     kept = [(text, source) for text, source in zip(documents, counted, strict=True) if text]
     if not kept:
         raise EvalError("all documents are empty; give some text")
-    prefix = _prefix_token(tokenizer)
+    prefix = prefix_token(tokenizer)
     nll, tokens, words, bytes_ = [], [], [], []
     with evaluating(model), torch.no_grad():
         for index, (text, source) in enumerate(kept):
@@ -127,7 +127,8 @@ def _window_nll(model: nn.Module, window: Sequence[int], predicted: int) -> floa
     return float(token_nll(logits.float().log_softmax(-1), tokens[-predicted:].to(logits.device)).double().sum())
 
 
-def _prefix_token(tokenizer: Any) -> int:
+def prefix_token(tokenizer: Any) -> int:
+    """The token before a document: BOS, or EOS. Raises `EvalError` if there is neither."""
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(tokenizer, name, None)
         if token is not None:

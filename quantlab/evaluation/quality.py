@@ -27,6 +27,7 @@ from quantlab_evals import (
     default_length,
     describe_model,
     load_text,
+    prefix_token,
     recorded_reference,
     rolling_perplexity,
     run_measures,
@@ -172,6 +173,8 @@ def _plan(
     everyone = [*subjects, *([] if original is None else [original])]
     source = load_text(text)
     tokenizer = tokenizer_of(everyone) if tokenizer is None else tokenizer
+    if "words" in chosen:
+        prefix_token(tokenizer)  # which it may not have: said before a model is loaded
     cut, notes = _windows(tokenizer, source, everyone, definition, length, windows, bos)
     return _Plan(
         chosen, original if "divergence" in chosen else None, source, tokenizer, cut, notes, batch_size, progress

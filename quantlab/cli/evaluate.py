@@ -35,16 +35,16 @@ def evaluate(
         str,
         typer.Option(help="A text or .jsonl file, `builtin:eval`, or a data set as name:config:split:column."),
     ] = "builtin:eval",
-    windows: Annotated[int | None, typer.Option(metavar="N", help="How many windows. [default: all]")] = None,
+    windows: Annotated[int | None, typer.Option(metavar="N", help="How many windows. \\[default: all]")] = None,
     length: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens in a window. [default: 2048, or as many as there are]"),
+        typer.Option(metavar="N", help="Tokens in a window. \\[default: 2048, or as many as there are]"),
     ] = None,
     measures: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Of perplexity, divergence, calibration, words. [default: the first, and the second with --against]",
+            help="Of perplexity, divergence, calibration, words. \\[default: the first, and the second with --against]",
         ),
     ] = None,
     definition: Annotated[

@@ -41,7 +41,7 @@ def evaluate_tasks(
     ],
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N questions of each only.")] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Examples before each question. [default: the task's]")
+        int | None, typer.Option(min=0, metavar="N", help="Examples before each question. \\[default: the task's]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
@@ -67,7 +67,7 @@ def evaluate_summaries(
     document: Annotated[str, typer.Option(metavar="FIELD")] = "document",
     summary: Annotated[str, typer.Option(metavar="FIELD")] = "summary",
     template: Annotated[
-        str | None, typer.Option(help="What the model reads, with {document} in it. [default: by the kind of model]")
+        str | None, typer.Option(help="What the model reads, with {document} in it. \\[default: by the kind of model]")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 128,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantlab.comparison import Comparison, compare
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
-    from quantlab.evaluation import Evaluation, evaluate
+    from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
     from quantlab.prediction import Roofline, roofline
@@ -39,6 +39,7 @@ __all__ = [
     "bench",
     "compare",
     "evaluate",
+    "evaluate_variants",
     "formats",
     "inspect",
     "load",
@@ -63,6 +64,7 @@ _HOMES = {
     "bench": "benchmark",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "evaluate_variants": "evaluation",
     "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",

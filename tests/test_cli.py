@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -145,6 +146,47 @@ def test_eval_for_a_person(call, quantized, place):
     assert "window 1 of 1" in err
 
 
+def test_eval_keeps_the_original_and_compares_variants(call, quantized, place):
+    arguments = ["eval", "w4", "model", "--against", "model", "--text", "text.txt", "--length", "32", "--cache", "kept"]
+    code, out, err = call(*arguments, "--measures", "perplexity,divergence,calibration", "--json")
+    assert code == 0
+    document = json.loads(out)
+    variant, itself = document["evaluations"]
+    assert (variant["model"], itself["model"]) == ("w4", "model")
+    assert itself["divergence"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert variant["divergence"]["kl"] > 0.001
+    assert variant["divergence"]["record_loss"]["top_k"] == 256
+    assert 0 < variant["calibration"]["ece"]["15"] < 1
+    assert [entry["better"] for entry in document["comparisons"]][1:] == ["second", "second"]
+    assert document["comparisons"][0]["best"] == "model"
+    (kept,) = (place / "kept").iterdir()
+    assert err.count("window 83 of 83") == 3, "once to record, once a variant"
+
+    live = json.loads(call("eval", "w4", *arguments[3:9], "--json")[1])
+    assert live["divergence"]["kl"] == pytest.approx(variant["divergence"]["kl"], rel=0.02)
+    assert live["divergence"]["reference"] == variant["divergence"]["reference"]
+    assert list((place / "kept").iterdir()) == [kept]
+
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "model is better than w4 by" in out
+    assert "256 tokens a position" in out
+
+
+def test_eval_by_other_definitions(call, quantized):
+    found = {}
+    for definition in ("quantlab", "gptq", "llama.cpp"):
+        arguments = ["eval", "model", "--text", "text.txt", "--length", "64", "--definition", definition]
+        found[definition] = json.loads(call(*arguments, "--measures", "words", "--json")[1])
+    assert found["llama.cpp"]["settings"]["context"] == 33
+    assert found["llama.cpp"]["words"]["tokens"] == found["quantlab"]["words"]["tokens"]
+    assert len({round(entry["perplexity"]["nll"], 6) for entry in found.values()}) >= 2
+    code, out, _ = call("eval", "model", "--text", "text.txt", "--length", "64", "--measures", "words,calibration")
+    assert code == 0
+    assert "perplexity a word" in out
+    assert "Brier score" in out
+
+
 def test_set_and_log_and_quiet(call, place):
     code, out, err = call(
         "quantize", "model", "--recipe", "w4-rtn", "--out", "w3", "--set", "format=int3",
@@ -181,6 +223,10 @@ def test_quantize_for_a_person(call, place):
         (["eval", "model", "--text", "absent.txt"], "absent.txt: not found"),
         (["eval", "model", "--text", "text.txt", "--set", "lenght=3"], "a key out of text, windows, length"),
         (["eval", "model", "--text", "text.txt", "--set", "length=long"], "length 'long'"),
+        (["eval", "model", "--text", "text.txt", "--measures", "kl"], "measure 'kl': use some of perplexity"),
+        (["eval", "model", "--text", "text.txt", "--measures", "divergence"], "needs the original"),
+        (["eval", "model", "--text", "text.txt", "--definition", "gpqt"], "definition 'gpqt' of perplexity"),
+        (["eval", "model", "--text", "text.txt", "--cache", "text.txt/x", "--against", "model"], "cannot be written"),
         (["inspect", "model"], "is not quantized"),
         (["inspect", "absent"], "absent: does not exist"),
         (["inspect", "model", "--set", "sort=size"], "use one of order, name, error, bits, bytes"),
@@ -392,12 +438,12 @@ def test_version(call):
 def test_help_shows_examples_that_work(call, quantized, place):
     """The demo model stands for any: here the tiny one takes its place."""
     shown = []
-    for command in ([], ["quantize"], ["eval"], ["inspect"], ["compare"], ["recipes"]):
+    for command in ([], ["quantize"], ["eval"], ["eval-generation"], ["inspect"], ["compare"], ["recipes"]):
         code, out, _ = call(*command, "--help")
         assert code == 0
         lines = out.partition("Example")[2].splitlines()
         shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 11
+    assert len(shown) == 14
     (place / "demo-w4").symlink_to(place / "w4")
     for number, line in enumerate(shown):
         words = shlex.split(line.partition(">")[0])[1:]
@@ -419,3 +465,69 @@ def test_help_and_recipes_do_not_import_torch(place):
             check=True,
         )
         assert done.stdout.splitlines()[-1] == "False", command
+
+
+def test_eval_code_runs_nothing_unless_told_to(call, place):
+    row = {"task_id": "t", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    pass\n"}
+    (place / "problems.jsonl").write_text(json.dumps(row))
+    arguments = ["eval-code", "model", "--problems", "problems.jsonl", "--max-new-tokens", "4"]
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert "--execute-generated-code" in err
+    code, out, _ = call(*arguments, "--execute-generated-code", "--json")
+    if code == 2:
+        assert "this kernel offers no" in json.loads(out)["error"]
+        pytest.skip("no sandbox on this kernel")
+    document = json.loads(out)
+    assert set(document["pass_at"]) == {"1"}
+    assert "landlock" in document["isolation"]
+    code, out, _ = call(*arguments, "--execute-generated-code")
+    assert "pass@1" in out
+    (place / "problems.jsonl").unlink()
+
+
+def test_eval_generation_makes_a_table_and_goes_on(call, quantized, place):
+    arguments = ["eval-generation", "model", "w4", "--against", "model", "--out", "written", "--text", "text.txt"]
+    arguments += ["--temperature", "0,1", "--max-new-tokens", "4", "--prompts", "2", "--prompt-length", "8"]
+    code, out, err = call(*arguments)
+    assert code == 0
+    assert "cell 4 of 4" in err
+    assert len([line for line in out.splitlines() if re.match(r"(model|w4) +[01] ", line)]) == 4
+    document = json.loads(call(*arguments, "--json")[1])
+    assert [cell["temperature"] for cell in document["cells"]] == [0, 1, 0, 1]
+    assert document["cells"][0]["original_agreement"] == 1
+    code, _, err = call("eval-generation", "model", "--temperature", "hot", "--out", "other")
+    assert code == 2
+    assert "use numbers with commas between them" in err
+
+
+def test_eval_tasks_and_summaries(call, place):
+    """Through the libraries where they are installed, and by their names where they are not."""
+    rows = [{"question": "The quick fox", "choices": ["jumps", "sleeps"], "answer": i % 2} for i in range(4)]
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "foxes",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (place / "foxes.yaml").write_text(yaml.safe_dump(task))
+    (place / "news.jsonl").write_text(json.dumps({"document": "The quick fox jumps.", "summary": "A fox jumps."}))
+    for arguments, library, words in (
+        (["eval-tasks", "model", "--task", "foxes.yaml", "--limit", "2"], "lm_eval", ["foxes", "2 of 4", "by lm-eval"]),
+        (["eval-summaries", "model", "--file", "news.jsonl", "--max-new-tokens", "4"], "rouge_score", ["rougeL"]),
+    ):
+        code, out, err = call(*arguments)
+        if importlib.util.find_spec(library) is None:
+            assert code == 2
+            assert "pip install 'quantlab[eval]'" in err
+        else:
+            assert code == 0, err
+            assert all(word in out for word in words)
+            assert json.loads(call(*arguments, "--json")[1])["model"] == "model"
+    assert call("eval-tasks", "nowhere/at/all", "--task", "cats.yaml")[2].startswith("error: cats.yaml: no such task")

@@ -1,7 +1,6 @@
-"""How far a model's predictions are from its reference's: KL divergence, agreement, and both perplexities.
+"""How far a model's predictions are from its reference's: KL divergence, agreement, flips, both perplexities.
 
-More sensitive than perplexity, in which gains on some tokens hide losses on others (arXiv:2407.09141, where
-a disagreement is called a flip).
+More sensitive than perplexity, in which gains on some tokens hide losses on others (arXiv:2407.09141).
 """
 
 from __future__ import annotations
@@ -13,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .bootstrap import Interval, bootstrap_interval
-from .errors import EvalError
-from .logits import check_model, evaluating, position_chunks, refuse_nan, window_logits
-from .perplexity import NllDifference, Perplexity, Progress, mean, paired_difference, summarize, token_nll
+from .bootstrap import ClusterMeans, Comparison, Interval, compare
+from .logits import Progress, describe_model, run_measures
+from .perplexity import NllDifference, NllMeasure, Perplexity, compare_perplexities, paired_difference
+from .recorded import RecordedReference
+from .reference import LiveReference, RecordLoss, Reference, ReferenceWindow
 from .windows import Windows
 
 DEFINITION = (
     "KL(reference || model) of the next-token distributions in nats, at every position of a window that "
     "predicts a token; agreement: the share of positions where both models rank the same token first; "
+    "flips: the share where one of them ranks the text's own token first and the other does not; "
     "median and 99th percentile are over tokens, by nearest rank"
 )
 
@@ -30,8 +31,11 @@ DEFINITION = (
 class Divergence:
     """How a model differs from its reference on one set of windows. KL is in nats a token.
 
-    Intervals are 95 % bootstrap intervals over windows, None for a single window. `agreement` is a share,
-    0 to 1. `model` and `reference` are the perplexities, from the same pass, and `difference` compares them.
+    Intervals are 95 % bootstrap intervals over clusters (documents or windows), None for a single one.
+    `agreement`, `flips`, `lost` and `gained` are shares of the tokens, 0 to 1: `lost` are those that only
+    the reference ranks first, `gained` those that only the model does, `flips` their sum. `model` and
+    `reference` are the perplexities, from the same pass, and `difference` compares them. `record_loss` says
+    what it cost that the reference was read from a record, None where it ran.
     """
 
     kl: float
@@ -41,6 +45,12 @@ class Divergence:
     kl_max: float
     agreement: float
     agreement_interval: Interval | None
+    flips: float
+    lost: float
+    gained: float
+    kl_clusters: ClusterMeans
+    agreement_clusters: ClusterMeans
+    record_loss: RecordLoss | None
     difference: NllDifference
     model: Perplexity
     reference: Perplexity
@@ -50,7 +60,7 @@ class Divergence:
 
 def divergence(
     model: nn.Module,
-    reference: nn.Module,
+    reference: nn.Module | RecordedReference,
     windows: Windows,
     *,
     batch_size: int = 1,
@@ -58,78 +68,94 @@ def divergence(
     chunk: int | None = None,
     progress: Progress | None = None,
 ) -> Divergence:
-    """Compare a model with its reference on windows of tokens, as `DEFINITION` says.
+    """Compare a model with its reference, running or recorded, on windows of tokens, as `DEFINITION` says.
 
-    Each model sees each window once, and one number a token is kept. The models may be on different
-    devices. Raises `EvalError` as `perplexity` does, or if the two vocabularies differ in size.
+    Each model sees each window once, and a few numbers a token are kept. Running models may be on different
+    devices. Raises `EvalError` as `perplexity` does, or if the two vocabularies differ in size, or if the
+    record is of other windows.
     """
-    check_model(model, windows)
-    check_model(reference, windows)
-    kl: list[Tensor] = []
-    agreement: list[float] = []
-    nll: list[float] = []
-    reference_nll: list[float] = []
-    with evaluating(model, reference):
-        passes = zip(
-            window_logits(model, windows, batch_size),
-            window_logits(reference, windows, batch_size),
-            strict=True,
-        )
-        for index, ((logits, targets), (reference_logits, _)) in enumerate(passes):
-            _check_vocabularies(logits, reference_logits)
-            pieces = [
-                _compare(logits[part], reference_logits[part], targets[part]) for part in position_chunks(logits, chunk)
-            ]
-            del logits, reference_logits
-            token_kl, token_agrees, token_nll_q, token_nll_p = map(torch.cat, zip(*pieces, strict=True))
-            refuse_nan(token_nll_q, index, "the model")
-            refuse_nan(token_nll_p, index, "the reference")
-            kl.append(token_kl.cpu())
-            agreement.append(mean(token_agrees))
-            nll.append(mean(token_nll_q))
-            reference_nll.append(mean(token_nll_p))
-            if progress is not None:
-                progress(index + 1, len(windows))
+    known: Reference = LiveReference(reference) if isinstance(reference, nn.Module) else reference
+    nll = NllMeasure(windows, "the model")
+    measure = DivergenceMeasure(windows, known, batch_size=batch_size)
+    run_measures(model, windows, [nll, measure], batch_size=batch_size, chunk=chunk, progress=progress)
+    return measure.result(nll.result(describe_model(model), batch_size=batch_size, seed=seed), seed=seed)
 
-    of_model = summarize(model, windows, nll, batch_size=batch_size, seed=seed)
-    of_reference = summarize(reference, windows, reference_nll, batch_size=batch_size, seed=seed)
-    kl_mean = [mean(window) for window in kl]
-    kl_all = torch.cat(kl).numpy()
-    return Divergence(
-        kl=float(np.mean(kl_mean)),
-        kl_interval=bootstrap_interval(kl_mean, seed=seed),
-        kl_median=float(np.quantile(kl_all, 0.5, method="inverted_cdf")),
-        kl_p99=float(np.quantile(kl_all, 0.99, method="inverted_cdf")),
-        kl_max=float(kl_all.max()),
-        agreement=float(np.mean(agreement)),
-        agreement_interval=bootstrap_interval(agreement, seed=seed),
-        difference=paired_difference(of_model, of_reference, seed=seed),
-        model=of_model,
-        reference=of_reference,
-        tokens=kl_all.size,
-        settings={**of_model.settings, "definition": DEFINITION},
+
+class DivergenceMeasure:
+    """KL, the first-ranked tokens and the reference's likelihood, at every predicted token."""
+
+    def __init__(self, windows: Windows, reference: Reference, *, batch_size: int = 1) -> None:
+        shape = (len(windows), windows.predicted)
+        self.windows = windows
+        self.reference = reference
+        self.batch_size = batch_size
+        self._passes = reference.over(windows, batch_size)
+        self._current: ReferenceWindow | None = None
+        self._kl = torch.empty(shape)
+        self._agrees, self._lost, self._gained = (torch.empty(shape, dtype=torch.bool) for _ in range(3))
+        self._reference_nll = NllMeasure(windows, "the reference")
+
+    def add(self, window: int, part: slice, log_q: Tensor, targets: Tensor) -> None:
+        """Compare some positions of a window."""
+        if self._current is None:
+            self._current = next(self._passes)
+        kl, top, nll = self._current.compare(part, log_q, targets)
+        ours = log_q.argmax(-1)
+        self._kl[window, part] = kl.cpu()
+        self._agrees[window, part] = (ours == top).cpu()
+        self._lost[window, part] = ((top == targets) & (ours != targets)).cpu()
+        self._gained[window, part] = ((ours == targets) & (top != targets)).cpu()
+        self._reference_nll.put(window, part, nll)
+
+    def end_window(self, window: int) -> None:
+        """Let go of the reference's window."""
+        self._reference_nll.end_window(window)
+        self._current = None
+        if window + 1 == len(self.windows):
+            self._passes.close()
+
+    def result(self, model: Perplexity, *, seed: int = 0) -> Divergence:
+        """The figures; `model` is the perplexity from the same pass."""
+        kl_all = self._kl.numpy().reshape(-1)
+        kl = self.windows.cluster_means(self._kl)
+        agreement = self.windows.cluster_means(self._agrees.float())
+        lost, gained = (float(side.double().mean()) for side in (self._lost, self._gained))
+        of_reference = self._reference_nll.result(self.reference.described, batch_size=self.batch_size, seed=seed)
+        return Divergence(
+            kl=float(kl_all.mean(dtype=np.float64)),
+            kl_interval=kl.interval(seed=seed),
+            kl_median=float(np.quantile(kl_all, 0.5, method="inverted_cdf")),
+            kl_p99=float(np.quantile(kl_all, 0.99, method="inverted_cdf")),
+            kl_max=float(kl_all.max()),
+            agreement=float(self._agrees.double().mean()),
+            agreement_interval=agreement.interval(seed=seed),
+            flips=lost + gained,
+            lost=lost,
+            gained=gained,
+            kl_clusters=kl,
+            agreement_clusters=agreement,
+            record_loss=self.reference.loss(),
+            difference=paired_difference(model, of_reference, seed=seed),
+            model=model,
+            reference=of_reference,
+            tokens=kl_all.size,
+            settings={**model.settings, "definition": DEFINITION},
+        )
+
+
+def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> tuple[Comparison, ...]:
+    """Compare two variants of one original on the same windows: perplexity, mean KL, agreement.
+
+    Raises `EvalError` if the windows were not the same.
+    """
+    return (
+        compare_perplexities(first.model, second.model, seed=seed),
+        compare(first.kl_clusters, second.kl_clusters, "KL divergence", seed=seed),
+        compare(
+            first.agreement_clusters,
+            second.agreement_clusters,
+            "top-1 agreement",
+            higher_is_better=True,
+            seed=seed,
+        ),
     )
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row, in nats: two `[n, vocabulary]` of log-probabilities to `[n]`."""
-    p = log_p.exp()
-    # A token that p rules out adds nothing, even where q rules it out, too. Rounding must not go below 0.
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).clamp_min(0)
-
-
-def _compare(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """KL, whether both rank the same token first, and the two negative log-likelihoods: `[n]` each."""
-    log_q = logits.float().log_softmax(-1)
-    log_p = reference_logits.to(log_q.device).float().log_softmax(-1)
-    agrees = log_q.argmax(-1) == log_p.argmax(-1)
-    return kl_divergence(log_p, log_q), agrees, token_nll(log_q, targets), token_nll(log_p, targets)
-
-
-def _check_vocabularies(logits: Tensor, reference_logits: Tensor) -> None:
-    ours, theirs = logits.shape[-1], reference_logits.shape[-1]
-    if ours != theirs:
-        raise EvalError(
-            f"the model's vocabulary has {ours} entries and the reference's {theirs}; distributions over "
-            "different vocabularies cannot be compared: give the model that this one was made from"
-        )

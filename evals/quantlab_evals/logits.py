@@ -1,11 +1,11 @@
-"""Next-token logits of a causal language model, window by window, and the pieces to take them in."""
+"""One pass of a causal language model over windows of tokens, and what is measured of every token on the way."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,47 @@ from .windows import Windows, check_length
 
 CHUNK_VALUES = 2**24
 """Logits that are turned into float32 in one piece (64 MiB): positions times vocabulary."""
+
+Progress = Callable[[int, int], None]
+"""Called with the windows done and the windows in all."""
+
+
+class TokenMeasure(Protocol):
+    """Something that is measured of every predicted token while a model runs over the windows once."""
+
+    def add(self, window: int, part: slice, log_q: Tensor, targets: Tensor) -> None:
+        """Take the positions `part` of a window: log-probabilities `[n, vocabulary]` float32, next tokens `[n]`."""
+
+    def end_window(self, window: int) -> None:
+        """All positions of a window have been added."""
+
+
+def run_measures(
+    model: nn.Module,
+    windows: Windows,
+    measures: Sequence[TokenMeasure],
+    *,
+    batch_size: int = 1,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run a model over windows once and hand every predicted token to each of the measures.
+
+    `chunk` is the number of positions whose log-probabilities are in float32 at the same time; it changes
+    memory, not the results. Raises `EvalError` as `check_model` does.
+    """
+    check_model(model, windows)
+    with evaluating(model):
+        for index, (logits, targets) in enumerate(window_logits(model, windows, batch_size)):
+            for part in position_chunks(logits, chunk):
+                log_q = logits[part].float().log_softmax(-1)
+                for measure in measures:
+                    measure.add(index, part, log_q, targets[part])
+            del logits, log_q
+            for measure in measures:
+                measure.end_window(index)
+            if progress is not None:
+                progress(index + 1, len(windows))
 
 
 def check_model(model: nn.Module, windows: Windows) -> None:
@@ -54,7 +95,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def window_logits(model: nn.Module, windows: Windows, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each window's next-token logits `[length - 1, vocabulary]` and next tokens `[length - 1]`.
+    """Yield each window's next-token logits `[predicted, vocabulary]` and the tokens to predict `[predicted]`.
 
     The logits are the model's own, in its dtype, from one plain forward pass: some models scale or cap
     them after the head, so applying the head outside of the model would be wrong for those. Peak memory is
@@ -62,7 +103,7 @@ def window_logits(model: nn.Module, windows: Windows, batch_size: int = 1) -> It
     """
     if batch_size < 1:
         raise EvalError(f"batch_size is {batch_size}; use 1 or more")
-    device = _input_device(model)
+    device = input_device(model)
     accepted = inspect.signature(model.forward).parameters
     any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     options = {"use_cache": False} if any_keyword or "use_cache" in accepted else {}
@@ -73,7 +114,8 @@ def window_logits(model: nn.Module, windows: Windows, batch_size: int = 1) -> It
         if logits is None:
             raise EvalError(f"{type(model).__name__} returns no logits; load it with AutoModelForCausalLM")
         for row in range(len(tokens)):
-            yield logits[row, :-1], tokens[row, 1:].to(logits.device)
+            context = windows.context
+            yield logits[row, context - 1 : -1], tokens[row, context:].to(logits.device)
         del logits  # or it would be held while the next batch makes its own
 
 
@@ -104,12 +146,13 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {
         "model_class": type(model).__name__,
         "dtype": str(getattr(model, "dtype", None) or "unknown").removeprefix("torch."),
-        "device": _input_device(model).type,
+        "device": input_device(model).type,
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown",
     }
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model takes its tokens on."""
     for tensor in model.parameters():
         # Offloaded weights are on "meta"; the hooks that bring them back move the inputs, too.
         if tensor.device.type != "meta":

@@ -9,8 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli import bench, compare, roofline
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
+from quantlab.cli import (
+    bench,
+    compare,
+    evaluate,
+    evaluate_benchmarks,
+    evaluate_code,
+    evaluate_generation,
+    roofline,
+)
+from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
 
 app = typer.Typer(
@@ -99,56 +107,11 @@ def quantize(
         output.answer(document, *show.quantized(result, model=model, peak_memory=memory))
 
 
-@app.command(
-    "eval",
-    epilog="Examples:\n\n"
-    "  quantlab eval demo-w4 --against demo --windows 4 --length 512\n"
-    "  quantlab eval demo-w4 --text builtin:eval --set windows=2 --set length=256",
-)
-def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL + " Quantized or not.")],
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="The original, to measure KL divergence and agreement. Both are loaded."),
-    ] = None,
-    text: Annotated[
-        str,
-        typer.Option(help="A text or .jsonl file, `builtin:eval`, or a data set as name:config:split:column."),
-    ] = "builtin:eval",
-    windows: Annotated[int | None, typer.Option(metavar="N", help="How many windows. [default: all]")] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens in a window. [default: 2048, or as many as there are]"),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="text, windows, length, bos (auto, true, false) or batch_size."
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the figures to a Markdown file.")
-    ] = None,
-    threads: Threads = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity and, against the original, KL divergence and agreement on the next token."""
-    with Output(as_json, quiet, on_interrupt=lambda: "interrupted; nothing was written") as output:
-        from quantlab.cli import show
-        from quantlab.cli.progress import stderr_console, window_progress
-
-        chosen: dict[str, Any] = {"text": text, "windows": windows, "length": length}
-        chosen |= _settings(settings, ("text", "windows", "length", "bos", "batch_size"))
-        with window_progress(stderr_console(), model, quiet=quiet) as progress:
-            prepare(threads, quiet=quiet)
-            from quantlab.evaluation import evaluate as run
-
-            evaluation = run(model, against=against, progress=progress, **chosen)
-        if report is not None:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(evaluation.to_markdown(), encoding="utf-8")
-        output.answer(evaluation.to_dict(), *show.evaluated(evaluation))
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("eval-code", epilog=evaluate_code.EXAMPLES)(evaluate_code.evaluate_code)
+app.command("eval-generation", epilog=evaluate_generation.EXAMPLES)(evaluate_generation.evaluate_generation)
+app.command("eval-summaries", epilog=evaluate_benchmarks.SUMMARIES_EXAMPLES)(evaluate_benchmarks.evaluate_summaries)
+app.command("eval-tasks", epilog=evaluate_benchmarks.TASKS_EXAMPLES)(evaluate_benchmarks.evaluate_tasks)
 
 
 @app.command(
@@ -172,7 +135,7 @@ def inspect_(
         from quantlab.errors import QuantlabError
 
         chosen: dict[str, Any] = {"sort": "order", "limit": None, "fold": fold}
-        chosen |= _settings(settings, tuple(chosen))
+        chosen |= chosen_settings(settings, tuple(chosen))
         sort, limit = chosen["sort"], chosen["limit"]
         # What is largest comes first; only names go up.
         keys: dict[str, Any] = {
@@ -294,21 +257,3 @@ def main(arguments: list[str] | None = None) -> None:
         say_error(message, "UsageError", json=as_json)
         code = BAD_INPUT
     sys.exit(code)
-
-
-def _settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:
-    """``key=value`` settings as a mapping; values are YAML."""
-    import yaml
-
-    from quantlab.errors import QuantlabError
-
-    chosen: dict[str, Any] = {}
-    for setting in settings or ():
-        key, equals, value = setting.partition("=")
-        if not equals or key not in known:
-            raise QuantlabError(f"--set {setting!r}: expected KEY=VALUE with a key out of {', '.join(known)}")
-        try:
-            chosen[key] = value if key == "text" else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise QuantlabError(f"--set {setting!r}: the value is not valid YAML") from error
-    return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")]
 MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
+MEASURED = "A model folder, quantized or not, a Hugging Face id, a .gguf file, `demo`, or bitsandbytes:KIND:MODEL."
 
 
 def prepare(threads: int | None, *, quiet: bool) -> None:
@@ -22,3 +23,31 @@ def prepare(threads: int | None, *, quiet: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` settings as a mapping; values are YAML. Raises `QuantlabError` for an unknown key."""
+    import yaml
+
+    from quantlab.errors import QuantlabError
+
+    chosen: dict[str, Any] = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise QuantlabError(f"--set {setting!r}: expected KEY=VALUE with a key out of {', '.join(known)}")
+        try:
+            chosen[key] = value if key == "text" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise QuantlabError(f"--set {setting!r}: the value is not valid YAML") from error
+    return chosen
+
+
+def numbers(values: str, option: str) -> list[float]:
+    """A list like ``0,0.7,1``. Raises `QuantlabError` if it is none."""
+    from quantlab.errors import QuantlabError
+
+    try:
+        return [float(value) for value in values.split(",")]
+    except ValueError as error:
+        raise QuantlabError(f"{option} {values!r}: use numbers with commas between them, like 0,0.7,1") from error

@@ -290,20 +290,27 @@ def note_kind(note: str) -> str:
 @contextmanager
 def window_progress(console: Console, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A function to be told of the windows done and the windows in all: a bar, or a line now and then."""
+    with count_progress(console, "window", what, quiet=quiet) as tell:
+        yield tell
+
+
+@contextmanager
+def count_progress(console: Console, unit: str, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function to be told of what is done and what there is in all, in any unit; see `window_progress`."""
     if quiet:
         yield lambda _done, _total: None
         return
     console.print(Text(f"{what}: reading the text and loading", style="dim"), soft_wrap=True)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield _window_lines(console)
+        yield _count_lines(console, unit)
         return
-    columns = (TextColumn("window {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn(unit + " {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
     task = bar.add_task("elapsed", start=False)
-    began = time.perf_counter()
+    pace = _Pace()
 
     def tell(done: int, total: int) -> None:
-        left = (time.perf_counter() - began) / done * (total - done)
+        _, left = pace.after(done, total)
         bar.update(task, completed=done, total=total, description=f"elapsed, about {clock(left)} left")
         if done == 1:  # a download may have shown its own bar until here
             bar.start_task(task)
@@ -315,20 +322,34 @@ def window_progress(console: Console, what: str, *, quiet: bool) -> Iterator[Cal
         bar.stop()
 
 
-def _window_lines(console: Console) -> Callable[[int, int], None]:
-    began = time.perf_counter()
+def _count_lines(console: Console, unit: str) -> Callable[[int, int], None]:
+    pace = _Pace()
 
     def tell(done: int, total: int) -> None:
+        elapsed, left = pace.after(done, total)
         # Ten lines in all, however many windows.
         if done == total or done * 10 // total > (done - 1) * 10 // total:
-            elapsed = time.perf_counter() - began
-            left = elapsed / done * (total - done)
             console.print(
-                f"window {done} of {total}, {clock(elapsed)} elapsed, about {clock(left)} left",
+                f"{unit} {done} of {total}, {clock(elapsed)} elapsed, about {clock(left)} left",
                 soft_wrap=True,
             )
 
     return tell
+
+
+class _Pace:
+    """Seconds gone and seconds left, of a pass that may be followed by another."""
+
+    def __init__(self) -> None:
+        self._began = self._latest = time.perf_counter()
+        self._done = 0
+
+    def after(self, done: int, total: int) -> tuple[float, float]:
+        if done <= self._done:
+            self._began = self._latest
+        self._done, self._latest = done, time.perf_counter()
+        elapsed = self._latest - self._began
+        return elapsed, elapsed / done * (total - done)
 
 
 def _opening(tracker: Tracker) -> Iterator[str]:

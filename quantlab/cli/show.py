@@ -1,4 +1,4 @@
-"""Answers as a person reads them: tables and lines of what quantize, evaluate and inspect return."""
+"""Answers as a person reads them: tables and lines of what quantize and inspect return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from quantlab.comparison import LayerComparison
     from quantlab.engine.quantize import Result
     from quantlab.engine.report import LayerReport
-    from quantlab.evaluation import Evaluation
     from quantlab.inspection import InspectedLayer, Inspection
 
 _WORST = 3
@@ -64,7 +63,7 @@ def describe_calibration(calibration: Mapping[str, Any]) -> Iterator[str]:
         line = f"{samples} sequences of {length} tokens from {calibration['source']}"
         if "available" in calibration:
             line += f" ({calibration['available']} available)"
-        yield f"{line}, {_bos(calibration['bos'])}" if "bos" in calibration else line
+        yield f"{line}, {bos(calibration['bos'])}" if "bos" in calibration else line
 
 
 def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[RenderableType]:
@@ -99,47 +98,6 @@ def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[Rende
     table.add_row("next", f"quantlab eval {folder} --against {shlex.quote(model)}")
     yield Text(f"{model} quantized by {result.recipe.name}", style="bold")
     yield table
-
-
-def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
-    """A measurement: the figures, and under them every choice."""
-    measured, compared = evaluation.perplexity, evaluation.divergence
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for header in ("", "value", "95 % interval"):
-        table.add_column(header, justify="right" if header else "left")
-    table.add_row("perplexity", f"{measured.perplexity:.3f}", _interval(measured.interval, ".3f"))
-    if compared is not None:
-        original, ratio = compared.reference, compared.difference
-        table.add_row("  of the original", f"{original.perplexity:.3f}", _interval(original.interval, ".3f"))
-        ratio_interval = _interval(ratio.perplexity_ratio_interval, ".4f")
-        table.add_row("  ratio, paired", f"{ratio.perplexity_ratio:.4f}", ratio_interval)
-        table.add_row("KL divergence, nats", f"{compared.kl:.4f}", _interval(compared.kl_interval, ".4f"))
-        table.add_row("  median", f"{compared.kl_median:.4f}", "")
-        table.add_row("  99th percentile", f"{compared.kl_p99:.4f}", "")
-        table.add_row("  largest", f"{compared.kl_max:.4f}", "")
-        table.add_row("same top token", f"{compared.agreement:.2%}", _interval(compared.agreement_interval, ".2%"))
-    yield Text(evaluation.model + (f" against {evaluation.against}" if evaluation.against else ""), style="bold")
-    yield table
-    yield Text("")
-    settings = measured.settings
-    choices = pairs()
-    choices.add_row("text", f"{evaluation.text} ({evaluation.origin})")
-    choices.add_row(
-        "windows",
-        f"{measured.windows} of {settings['window_length']} tokens, {measured.tokens:,} predicted; "
-        f"{_bos(settings['bos'])}",
-    )
-    left = f"{settings['beyond_limit']:,} not asked for, {settings['dropped_tail']:,} too few for a window"
-    choices.add_row("tokens", f"{settings['stream_tokens']:,} in the text, {left}")
-    choices.add_row("documents", f"{settings['documents']:,}, joined by {settings['joiner']!r}")
-    for label, note in zip(repeated("notes"), evaluation.notes, strict=False):
-        choices.add_row(label, note)
-    weights = size(evaluation.bytes)
-    if evaluation.original_bytes is not None:
-        weights += f", the original's {size(evaluation.original_bytes)}"
-    choices.add_row("weights", weights)
-    choices.add_row("run", f"{settings['dtype']} on {settings['device']}, {clock(evaluation.seconds)}")
-    yield choices
 
 
 def inspected(
@@ -285,9 +243,6 @@ def repeated(label: str) -> Iterator[str]:
         yield ""
 
 
-def _bos(token: int | None) -> str:
+def bos(token: int | None) -> str:
+    """How windows begin."""
     return "no BOS" if token is None else f"each begins with BOS (token {token})"
-
-
-def _interval(interval: tuple[float, float] | None, spec: str) -> str:
-    return "one window: none" if interval is None else f"{interval[0]:{spec}} to {interval[1]:{spec}}"

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from quantlab_evals import EvalError, divergence, perplexity
-from quantlab_evals.divergence import kl_divergence
+from quantlab_evals import EvalError, compare_divergences, divergence, perplexity
+from quantlab_evals.reference import kl_divergence
 from torch.nn.functional import kl_div
 
 
@@ -57,6 +57,11 @@ def test_equals_torch_on_full_logits(make_model, make_windows, chunk, batch_size
     assert found.kl_interval[0] < found.kl < found.kl_interval[1]
     assert found.agreement == pytest.approx((q.argmax(-1) == p.argmax(-1)).double().mean().item())
     assert 0 < found.agreement_interval[0] <= found.agreement <= found.agreement_interval[1] < 1
+    top_q, top_p, truth = q.argmax(-1), p.argmax(-1), windows.tokens[:, 1:]
+    assert found.lost == pytest.approx(((top_p == truth) & (top_q != truth)).double().mean().item())
+    assert found.gained == pytest.approx(((top_q == truth) & (top_p != truth)).double().mean().item())
+    assert found.flips == found.lost + found.gained > 0
+    assert found.kl_clusters.means == pytest.approx(kl.mean(-1).tolist(), rel=1e-4)
     assert found.tokens == 75
     assert told[-1] == (5, 5)
 
@@ -86,6 +91,23 @@ def test_kl_of_zero_probabilities():
     assert kl_divergence(p, q).item() == pytest.approx(0.5 * np.log(2))
     assert kl_divergence(p, p).item() == 0
     assert kl_divergence(q, p).item() == np.inf
+
+
+def test_two_variants_are_compared_on_the_same_text(make_model, make_windows):
+    reference, windows = make_model(), make_windows(count=40)
+    variants = [divergence(perturbed(reference, amount), reference, windows) for amount in (0.1, 0.5)]
+    perplexity_, kl, agreement = compare_divergences(*variants)
+    assert [entry.better for entry in (kl, agreement)] == ["first", "first"]
+    assert kl.difference == pytest.approx(variants[1].kl - variants[0].kl)
+    assert perplexity_.difference == pytest.approx(variants[1].model.perplexity - variants[0].model.perplexity)
+    assert kl.verdict("small", "large").startswith("small is better than large by ")
+    swapped = compare_divergences(*reversed(variants))
+    assert swapped[1].better == "second"
+    assert swapped[1].interval == pytest.approx((-kl.interval[1], -kl.interval[0]))
+    itself = compare_divergences(variants[0], variants[0])
+    assert [entry.better for entry in itself] == [None] * 3
+    with pytest.raises(EvalError, match="different"):
+        compare_divergences(variants[0], divergence(reference, reference, make_windows(count=40, seed=1)))
 
 
 def test_vocabularies_must_match(make_model, make_windows):

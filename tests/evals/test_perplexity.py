@@ -48,7 +48,7 @@ def test_equals_a_loop_over_cross_entropy(make_model, make_windows, batch_size, 
     found = perplexity(model, windows, batch_size=batch_size, chunk=chunk)
     assert found.nll == pytest.approx(expected.mean().item(), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-5)
-    assert found.window_nll == pytest.approx(expected.mean(1).tolist(), rel=1e-5)
+    assert found.clusters.means == pytest.approx(expected.mean(1).tolist(), rel=1e-5)
     assert (found.tokens, found.windows) == (5 * 15, 5)
     low, high = found.interval
     assert low < found.perplexity < high

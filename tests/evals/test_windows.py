@@ -69,6 +69,36 @@ def test_no_document_is_cut_short_and_no_warning_is_given(make_tokenizer, caplog
     assert not caplog.records
 
 
+@settings(max_examples=40, deadline=None)
+@given(documents=st.lists(words, min_size=1, max_size=8), length=st.integers(2, 9), bos=st.booleans())
+def test_every_token_knows_its_document(make_tokenizer, documents, length, bos):
+    tokenizer = make_tokenizer("<s> $A" if bos else "$A")
+    numbers = [number for number, document in enumerate(documents) for _ in document.split()]
+    body = length - bos
+    if len(numbers) < body:
+        return
+    found = token_windows(tokenizer, documents, length).document
+    expected = torch.tensor(numbers[: len(numbers) // body * body]).view(-1, body)
+    assert torch.equal(found[:, bos:], expected)
+    assert not bos or torch.equal(found[:, 0], found[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("documents", "length", "kind"),
+    [(["w1 w2 w3 w4 w5 w6"] * 12, 2, "documents"), (["w1 w2 w3 w4"] * 40, 8, "windows"), (["w1 " * 99], 3, "windows")],
+)
+def test_the_coarser_of_windows_and_documents_is_resampled(make_tokenizer, documents, length, kind):
+    windows = token_windows(make_tokenizer(), documents, length)
+    values = torch.rand(len(windows), length - 1)
+    found = windows.cluster_means(values)
+    assert found.kind == kind
+    assert len(found.means) == (len(documents) if kind == "documents" else len(windows))
+    assert sum(found.tokens) == values.numel()
+    assert found.mean == pytest.approx(values.double().mean().item())
+    if kind == "documents":
+        assert found.means[0] == pytest.approx(values[:3].double().mean().item())
+
+
 def test_describe_tells_windows_apart_and_is_plain(make_tokenizer):
     tokenizer = make_tokenizer("<s> $A")
     one = token_windows(tokenizer, ["w1 w2 w3 w4", "w5"], 3, limit=1)

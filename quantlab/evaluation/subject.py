@@ -1,0 +1,87 @@
+"""A model that is to be measured: named, checked, and loaded late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab_evals import fingerprint_folder, fingerprint_model
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from quantlab.checkpoint.baseline import baseline_bytes, load_baseline, split_baseline
+from quantlab.checkpoint.load import load
+from quantlab.checkpoint.placement import parameter_bytes
+from quantlab.checkpoint.resolve import resolve
+from quantlab.checkpoint.weights import WeightFiles
+from quantlab.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured: in memory, or in a folder from which it is loaded late.
+
+    `baseline` is one of bitsandbytes' formats, into which it is brought as it is loaded.
+    """
+
+    name: str
+    config: Any
+    module: PreTrainedModel | None
+    folder: Path | None
+    baseline: str | None = None
+
+    @classmethod
+    def of(cls, model: str | Path | PreTrainedModel) -> Subject:
+        """What a person calls a model, with its configuration read; raises `QuantlabError` if there is none."""
+        if isinstance(model, PreTrainedModel):
+            return cls(model.config.name_or_path or type(model).__name__, model.config, model, None)
+        baseline = split_baseline(str(model))
+        kind, origin = (None, model) if baseline is None else baseline
+        folder = resolve(origin)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{model}: its config.json cannot be read: {error}") from error
+        return cls(str(model), config, None, folder, kind)
+
+    def loaded(self) -> PreTrainedModel:
+        """The model, ready to run."""
+        if self.module is not None:
+            return self.module
+        assert self.folder is not None
+        return load(self.folder) if self.baseline is None else load_baseline(self.baseline, self.folder)
+
+    def bytes(self, loaded: PreTrainedModel | None = None) -> int:
+        """Bytes of the model's weights: of its files, or in memory where there are no files like it."""
+        if self.folder is None:
+            assert self.module is not None
+            return parameter_bytes(self.module)
+        if self.baseline is not None:
+            return baseline_bytes(self.loaded() if loaded is None else loaded)
+        return sum(file.stat().st_size for file in WeightFiles(self.folder).files)
+
+    def fingerprint(self) -> str:
+        """A hash of everything that the model's predictions come from."""
+        if self.folder is None:
+            assert self.module is not None
+            return fingerprint_model(self.module)
+        return fingerprint_folder(self.folder) + (f":{self.baseline}" if self.baseline else "")
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has; None if it does not say."""
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def tokenizer_of(subjects: Sequence[Subject]) -> Any:
+    """The tokenizer of the first that has one: a model and its original read text alike."""
+    folders = [subject.folder for subject in subjects if subject.folder is not None]
+    failures = []
+    for folder in folders:
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds
+            failures.append(f"{folder}: its tokenizer cannot be loaded: {error}")
+    raise CheckpointError("; ".join(failures) or "a model in memory has no tokenizer; pass one: tokenizer=...")

@@ -82,6 +82,7 @@ struct ScalingOf : Scaling {
         int32_t first[16];
         for (int lane = 0; lane < 16; lane++) first[lane] = int32_t(C::first(lane) / group);
         lanes = _mm512_loadu_si512(first);
+        if (spread == Spread::kRepeated) return;
         const int step = spread == Spread::kBlock ? 1 : 16;
         for (int64_t i = 0; i < blocks * step; i++) {
             const int64_t code = i / step * C::kBlock + (step == 1 ? 0 : C::first(int(i % 16)));

@@ -90,9 +90,9 @@ struct Activations {
           pieces(kernel.halves ? pieces_of(type) : 1),
           halves(kernel.halves ? rows * pieces * stride : 0),
           floats(kernel.halves ? 0 : rows * stride),
-          plain(weight.columns),
+          plain(pieces > 1 || weight.zeros ? weight.columns : 0),
           sums(weight.zeros ? rows * pieces * weight.groups : 0) {
-        Buffer<uint16_t> piece(weight.columns);
+        Buffer<uint16_t> piece(pieces > 1 ? weight.columns : 0);
         for (int64_t m = 0; m < rows; m++) {
             if (type == QL_BFLOAT16 && kernel.halves) {
                 const uint16_t *row = static_cast<const uint16_t *>(x) + m * weight.columns;

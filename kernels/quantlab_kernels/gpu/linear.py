@@ -1,0 +1,202 @@
+"""The entry: a product of 16-bit activations and a quantized weight, with whichever kernel and config suits the rows."""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from quantlab_kernels.gpu import configs
+from quantlab_kernels.gpu.configs import Config, Device, GemmConfig, GemvConfig
+from quantlab_kernels.gpu.formats import INTEGER, TABLE16
+from quantlab_kernels.gpu.gemm import gemm
+from quantlab_kernels.gpu.gemv import gemv, reduce
+from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, Kind, prepare
+
+MAGIC = 0x4B000000  # 2^23 as a float32
+_REDUCE_ROWS = 256
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    offset: int | None = None,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` on the device of ``x``, with ``W = (table[code] - zero) * scale``.
+
+    The codes are re-ordered at the first call and kept for as long as ``codes`` lives, beside them. Who has no use for
+    the stored order calls :func:`~quantlab_kernels.gpu.weight.prepare` at load, lets go of ``codes``, and calls
+    :func:`product`: then there is one copy.
+
+    Args:
+        x: float16 or bfloat16 ``[..., in]``.
+        codes: uint8 ``[out, packed_width(in, bits)]``, see :mod:`quantlab_kernels.packing`.
+        scales: ``[out, groups]``, ``[out, 1]`` or ``[1, 1]``.
+        zeros: like ``scales``, in units of the table, or None.
+        table: float32 ``[<= 2**bits]``.
+        bits: width of a code, 2 to 8.
+        offset: the table is ``code + offset``; None: it is no such thing.
+        bias: ``[out]`` or None.
+        low_rank: ``(left [out, rank], right [rank, in])``: adds ``x @ right.T @ left.T``.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: the kernels have no layout for this weight, or ``x`` is not of 16 bits.
+    """
+    key = id(codes)
+    weight = _prepared.get(key)
+    if weight is None or weight[0]() is not codes or weight[1] != codes._version:
+        ready = prepare(codes, scales, zeros, table, bits, offset, x.shape[-1], bias, low_rank)
+        weight = weakref.ref(codes, lambda _: _prepared.pop(key, None)), codes._version, ready
+        _prepared[key] = weight
+    return product(x, weight[2])
+
+
+_prepared: dict[int, tuple[weakref.ref[torch.Tensor], int, GpuWeight]] = {}
+
+
+def product(
+    x: torch.Tensor, weight: GpuWeight, *, config: Config | None = None, splits: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` with a prepared weight.
+
+    Args:
+        x: float16 or bfloat16 ``[..., in]``.
+        weight: on the same device.
+        config: a tile; by default what :func:`quantlab_kernels.gpu.configs.choose` says.
+        splits: shares of the inputs, added in their order; by default chosen with the config.
+        dtype: of the result; by default that of ``x``.
+
+    Raises:
+        ValueError: ``x`` is not of 16 bits or not as wide as the weight.
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"activations are {x.dtype}: the GPU kernels multiply float16 and bfloat16")
+    if x.shape[-1] != weight.columns:
+        raise ValueError(f"activations of {x.shape[-1]} features meet a weight of {weight.columns}")
+    rows = x.reshape(-1, weight.columns)
+    if rows.stride(-1) != 1 or rows.data_ptr() % 16 or rows.stride(0) % 8:
+        rows = rows.contiguous()
+    y = torch.empty(len(rows), weight.out_features, dtype=dtype or x.dtype, device=x.device)
+    if len(rows):
+        if config is None:
+            config, splits = configs.choose(device_of(x.device), weight.kind, weight.out_features, len(rows))
+        run = _gemv if isinstance(config, GemvConfig) else _gemm
+        run(rows, weight, y, config, splits or 1)
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """What is known of a device. Asks the driver, at the first call."""
+    if device.type != "cuda":
+        return Device("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def _share(weight: GpuWeight, block_lanes: int, splits: int) -> tuple[int, int, bool]:
+    """Lanes of a share, how many shares there are, and whether all tiles are full."""
+    layout = weight.kind.layout
+    steps = triton.cdiv(layout.lanes, block_lanes)
+    each = triton.cdiv(steps, splits)
+    full = layout.lanes % block_lanes == 0 and weight.columns * layout.unit_lanes == layout.lanes * layout.unit
+    return each * block_lanes, triton.cdiv(steps, each), full
+
+
+def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfig, splits: int) -> None:
+    device = device_of(x.device)
+    chunk, splits, full = _share(weight, config.block_lanes, splits)
+    asm = device.architecture.startswith("sm_")
+    reading, table = weight.reading(x.dtype, dense=False, registers=asm)
+    left, right = weight.factors(x.dtype) if weight.rank else (x, x)
+    rows, outputs = len(x), weight.out_features + weight.rank
+    blocks = triton.cdiv(weight.out_features, config.block_rows)
+    partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
+    gemv[(blocks + triton.cdiv(weight.rank, config.block_rows), splits)](
+        x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, right, partial,
+        weight.columns, weight.out_features, weight.kind.layout.lanes, weight.words.stride(0), weight.scales.shape[1],
+        x.stride(0), chunk, right.stride(0), blocks, outputs, MAGIC, reading.factor, reading.fold,
+        **gemv_constants(weight.kind, x.dtype == torch.float16, weight.rank, rows, config, full, asm),
+        num_warps=1, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    _reduce(partial, weight, y, partial[:, :, weight.out_features :], left)
+
+
+def gemv_constants(
+    kind: Kind, half: bool, rank: int, rows: int, config: GemvConfig, full: bool, asm: bool
+) -> dict[str, Any]:
+    """The ``tl.constexpr`` arguments of :func:`~quantlab_kernels.gpu.gemv.gemv`; ``half``: for float16 activations."""
+    return kind.constants() | {
+        "SCALED": half,
+        "ASM": asm,
+        "FOLD": half and kind.format.decode in (INTEGER, TABLE16),
+        "FULL": full,
+        "RANK": rank,
+        "ROWS": rows,
+        "BN": config.block_rows,
+        "BL": config.block_lanes,
+    }
+
+
+def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfig, splits: int) -> None:
+    device = device_of(x.device)
+    chunk, splits, full = _share(weight, config.block_lanes, splits)
+    asm = device.architecture.startswith("sm_")
+    reading, table = weight.reading(x.dtype, dense=True, registers=asm)
+    whole = splits == 1 and not weight.rank
+    sums = y if whole else torch.empty(splits, *y.shape, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(weight.out_features, config.block_n), triton.cdiv(len(x), config.block_m), splits)
+    gemm[grid](
+        x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, weight.powers,
+        weight.powers if weight.bias is None else weight.bias, sums,
+        len(x), weight.columns, weight.out_features, weight.kind.layout.lanes, weight.words.stride(0),
+        weight.scales.shape[1], x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk, MAGIC, reading.factor,
+        **gemm_constants(weight.kind, config, full, whole and weight.bias is not None, asm, _INTERPRETED),
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if not whole:
+        left, right = weight.factors(x.dtype) if weight.rank else (x, x)
+        hidden = (x @ right.T).float()[None] if weight.rank else sums
+        _reduce(sums, weight, y, hidden, left)
+
+
+def gemm_constants(
+    kind: Kind, config: GemmConfig, full: bool, bias: bool, asm: bool, upcast: bool = False
+) -> dict[str, Any]:
+    """The ``tl.constexpr`` arguments of :func:`~quantlab_kernels.gpu.gemm.gemm`."""
+    return kind.constants() | {
+        "ASM": asm,
+        "UPCAST": upcast,
+        "FULL": full,
+        "BIAS": bias,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BL": config.block_lanes,
+    }
+
+
+def _reduce(partial: torch.Tensor, weight: GpuWeight, y: torch.Tensor, hidden: torch.Tensor, left: torch.Tensor) -> None:
+    rank = weight.rank
+    reduce[(triton.cdiv(weight.out_features, _REDUCE_ROWS), len(y))](
+        partial, hidden, weight.powers if weight.bias is None else weight.bias, left, y,
+        weight.out_features, partial.stride(-2), hidden.stride(-2), len(y), y.stride(0), left.stride(0),
+        SPLITS=len(partial), HIDDEN_SPLITS=len(hidden), BIAS=weight.bias is not None,
+        RANK=rank, RANK_BLOCK=triton.next_power_of_2(max(rank, 1)), BN=_REDUCE_ROWS,
+        num_warps=4,
+    )  # fmt: skip

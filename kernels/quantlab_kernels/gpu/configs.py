@@ -1,19 +1,17 @@
 """How the work is cut up: as data, one table for each class of devices; a static choice among them; and what was tuned.
 
 The choice needs no measurement: it follows from the rows of activations and the number of multiprocessors. Where a user
-has tuned (:func:`quantlab_kernels.gpu.tune.tune`), the fastest of the same table is read from a JSON file.
+has tuned (:mod:`quantlab_kernels.gpu.tune`), the fastest of the same table is read from a JSON file.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
-from pathlib import Path
 
-from quantlab_kernels.gpu.layout import Layout, lane_width
+import torch
+
+from quantlab_kernels.gpu.layout import Layout, lane_width, lane_words
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,33 @@ class GemmConfig:
     Attributes:
         block_m: rows of activations.
         block_n: rows of weights.
-        block_lanes: lanes of a step.
+        inputs: of a step, about; see :meth:`lanes`.
         warps: of a program.
         stages: of the software pipeline.
     """
 
     block_m: int
     block_n: int
-    block_lanes: int
+    inputs: int
+    warps: int
+    stages: int
+
+    def lanes(self, bits: int) -> int:
+        """Lanes of a step: at least 8, for tensor cores take 16 inputs at a time; more than 16 take too many registers."""
+        return min(max(8, self.inputs // lane_width(bits)), 16)
+
+    def depth(self, bits: int) -> int:
+        """Stages of the software pipeline: one less where lanes are long, and a step holds more inputs than asked for."""
+        return self.stages - (self.lanes(bits) * lane_width(bits) > self.inputs)
+
+
+@dataclass(frozen=True)
+class W8A8Config:
+    """A tile of the 8-bit GEMM: rows of activations and of weights, inputs of a step, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
 
@@ -65,18 +82,113 @@ class Device:
     multiprocessors: int
 
 
-# The most rows of activations that a GEMV is used for: from here on its multiplications, one for each weight and row,
-# are more than a tensor core's whole work.
-MOST_GEMV_ROWS = 2
-# Bytes in flight hide the memory's latency when about so many warps are at work on a multiprocessor.
+@dataclass(frozen=True)
+class Table:
+    """The configs of a class of devices.
+
+    Attributes:
+        gemv: for one row, by the words of a lane: one, or three and more. The default first.
+        gemm: by the most rows of activations that they are for, ascending; 0 is any number. The default first.
+        w8a8: likewise.
+    """
+
+    gemv: tuple[tuple[GemvConfig, ...], tuple[GemvConfig, ...]]
+    gemm: dict[int, tuple[GemmConfig, ...]]
+    w8a8: dict[int, tuple[W8A8Config, ...]]
+
+
+_GEMV = (GemvConfig(8, 128), GemvConfig(4, 128)), (GemvConfig(4, 128), GemvConfig(2, 128))
+# One or two warps of 32 rows of weights each: no exchange between warps.
+_SKINNY = GemmConfig(16, 32, 128, 1, 3), GemmConfig(16, 64, 128, 2, 3)
+_NARROW = (GemmConfig(32, 128, 128, 4, 3),)
+_WIDE = (GemmConfig(64, 128, 128, 4, 3),)
+_W8A8 = {16: (W8A8Config(16, 128, 128, 4, 4),), 64: (W8A8Config(64, 128, 128, 4, 3),), 0: (W8A8Config(128, 128, 128, 8, 3),)}
+# Tensor cores that take a whole tile (wgmma, tcgen05) keep the sums out of the way: a tile twice as wide fits.
+_WARP_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 32: _NARROW, 0: _WIDE}, _W8A8)
+_TILE_TENSOR_CORES = Table(
+    _GEMV, {16: _SKINNY, 32: _NARROW, 64: _WIDE, 0: (GemmConfig(128, 128, 128, 4, 3),)}, _W8A8
+)
+
+TABLES = {
+    "sm_80": _WARP_TENSOR_CORES,
+    "sm_89": _WARP_TENSOR_CORES,
+    "sm_90": _TILE_TENSOR_CORES,
+    "sm_100": _TILE_TENSOR_CORES,
+    "sm_120": _WARP_TENSOR_CORES,
+    "gfx942": Table(
+        ((GemvConfig(4, 256),), (GemvConfig(2, 256),)),
+        {16: (GemmConfig(16, 32, 128, 1, 2),), 32: (GemmConfig(32, 128, 128, 4, 2),), 0: (GemmConfig(64, 128, 128, 4, 2),)},
+        {64: (W8A8Config(64, 128, 128, 4, 2),), 0: (W8A8Config(128, 128, 128, 8, 2),)},
+    ),
+    # Few programs, each as large as it gets: every one costs the interpreter the same.
+    "interpreter": Table(
+        ((GemvConfig(32, 128),), (GemvConfig(32, 32),)),
+        {16: (GemmConfig(16, 64, 128, 1, 1),), 0: (GemmConfig(128, 64, 128, 1, 1),)},
+        {0: (W8A8Config(64, 64, 128, 1, 1),)},
+    ),
+}
+
+# From two rows on a GEMV's multiplications, one for each weight and row, are more than all that a tensor core costs.
+_GEMV_ROWS = 1
+# About so many warps at work on a multiprocessor keep the memory busy.
 _WARPS = 16
 
 
-def architecture_class(architecture: str) -> str:
-    """The table that a device uses: the newest that is not newer than it, of its maker."""
+def table_for(architecture: str) -> Table:
+    """The configs of a device: those of the newest class of its maker that is not newer than it."""
+    if architecture in TABLES:
+        return TABLES[architecture]
     if architecture.startswith("gfx"):
-        return "gfx942"
-    number = int(architecture[3:])
-    older = [name for name in GEMV if name.startswith("sm_") and int(name[3:]) <= number]
-    return max(older, key=lambda name: int(name[3:]), default="sm_80")
-def choose(*a): raise NotImplementedError
+        return TABLES["gfx942"]
+    older = [name for name in TABLES if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
+    return TABLES[max(older, key=lambda name: int(name[3:]), default="sm_80")]
+
+
+def candidates(architecture: str, bits: int, rows: int) -> tuple[Config, ...]:
+    """The configs of a device for so many rows of activations, the default first."""
+    table = table_for(architecture)
+    if rows <= _GEMV_ROWS:
+        return table.gemv[lane_words(bits) > 1]
+    return _of_rows(table.gemm, rows)
+
+
+def choose(device: Device, layout: Layout, out_features: int, rows: int) -> tuple[Config, int]:
+    """The config and the number of shares of the inputs for a product, without measuring anything."""
+    config = candidates(device.architecture, layout.bits, rows)[0]
+    return config, shares(device, config, layout, out_features, rows)
+
+
+def shares(device: Device, config: Config, layout: Layout, out_features: int, rows: int) -> int:
+    """Into how many shares the inputs are cut so that all multiprocessors have work.
+
+    Not more than there are steps, nor so many that writing and reading the partial sums takes more than an eighth of
+    the time that reading the weights does.
+    """
+    if isinstance(config, GemvConfig):
+        warps, lanes = -(-out_features // config.block_rows), config.block_lanes
+    else:
+        blocks = -(-out_features // config.block_n) * -(-rows // config.block_m)
+        warps, lanes = blocks * config.warps, config.lanes(layout.bits)
+    wanted = -(-device.multiprocessors * _WARPS // warps)
+    weight_bytes, partial_bytes = layout.columns * layout.bits / 8, 8 * rows
+    return max(1, min(wanted, -(-layout.lanes // lanes), int(weight_bytes / (8 * partial_bytes))))
+
+
+def choose_w8a8(device: Device, rows: int) -> W8A8Config:
+    """The config of an 8-bit product."""
+    return _of_rows(table_for(device.architecture).w8a8, rows)[0]
+
+
+def _of_rows(by_rows: dict[int, tuple], rows: int) -> tuple:
+    return next(found for most, found in by_rows.items() if rows <= most or most == 0)
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """What is known of a device. Asks the driver, at the first call."""
+    if device.type != "cuda":  # only the interpreter gets this far with it
+        return Device("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)

@@ -142,7 +142,7 @@ def prepare(
     bias: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> GpuWeight:
-    """A weight as the kernels read it; arguments as in :func:`quantlab_kernels.gpu.linear.linear`.
+    """A weight as the kernels read it; arguments as in :func:`quantlab_kernels.gpu.matmul.linear`.
 
     Codes are re-ordered, in blocks of rows, so that at no moment is there more than a little of them unpacked. Nothing
     is dequantized.

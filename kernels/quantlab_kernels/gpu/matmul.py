@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 
-from quantlab_kernels.gpu import configs
-from quantlab_kernels.gpu.configs import Config, Device, GemmConfig, GemvConfig
+from quantlab_kernels.gpu.configs import Config, GemmConfig, GemvConfig, device_of, shares
+from quantlab_kernels.gpu.tune import best
 from quantlab_kernels.gpu.formats import INTEGER, TABLE16
 from quantlab_kernels.gpu.gemm import gemm
 from quantlab_kernels.gpu.gemv import gemv, reduce
 from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, Kind, prepare
 
 MAGIC = 0x4B000000  # 2^23 as a float32
-_REDUCE_ROWS = 256
+REDUCE_ROWS = 256
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -76,7 +75,7 @@ def product(
     Args:
         x: float16 or bfloat16 ``[..., in]``.
         weight: on the same device.
-        config: a tile; by default what :func:`quantlab_kernels.gpu.configs.choose` says.
+        config: a tile; by default what :func:`quantlab_kernels.gpu.tune.best` says.
         splits: shares of the inputs, added in their order; by default chosen with the config.
         dtype: of the result; by default that of ``x``.
 
@@ -92,22 +91,15 @@ def product(
         rows = rows.contiguous()
     y = torch.empty(len(rows), weight.out_features, dtype=dtype or x.dtype, device=x.device)
     if len(rows):
+        device, layout = device_of(x.device), weight.kind.layout
         if config is None:
-            config, splits = configs.choose(device_of(x.device), weight.kind, weight.out_features, len(rows))
-        run = _gemv if isinstance(config, GemvConfig) else _gemm
-        run(rows, weight, y, config, splits or 1)
+            config, splits = best(device, weight.kind.format, layout, weight.out_features, len(rows))
+        splits = splits or shares(device, config, layout, weight.out_features, len(rows))
+        if isinstance(config, GemvConfig):
+            _gemv(rows, weight, y, config, splits)
+        else:
+            _gemm(rows, weight, y, config, splits)
     return y.view(*x.shape[:-1], weight.out_features)
-
-
-@cache
-def device_of(device: torch.device) -> Device:
-    """What is known of a device. Asks the driver, at the first call."""
-    if device.type != "cuda":
-        return Device("interpreter", 4)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
 def _share(weight: GpuWeight, block_lanes: int, splits: int) -> tuple[int, int, bool]:
@@ -156,7 +148,7 @@ def gemv_constants(
 
 def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfig, splits: int) -> None:
     device = device_of(x.device)
-    chunk, splits, full = _share(weight, config.block_lanes, splits)
+    chunk, splits, full = _share(weight, config.lanes(weight.kind.format.bits), splits)
     asm = device.architecture.startswith("sm_")
     reading, table = weight.reading(x.dtype, dense=True, registers=asm)
     whole = splits == 1 and not weight.rank
@@ -168,7 +160,7 @@ def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfi
         len(x), weight.columns, weight.out_features, weight.kind.layout.lanes, weight.words.stride(0),
         weight.scales.shape[1], x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk, MAGIC, reading.factor,
         **gemm_constants(weight.kind, config, full, whole and weight.bias is not None, asm, _INTERPRETED),
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        num_warps=config.warps, num_stages=config.depth(weight.kind.format.bits), enable_fp_fusion=True,
     )  # fmt: skip
     if not whole:
         left, right = weight.factors(x.dtype) if weight.rank else (x, x)
@@ -187,16 +179,16 @@ def gemm_constants(
         "BIAS": bias,
         "BM": config.block_m,
         "BN": config.block_n,
-        "BL": config.block_lanes,
+        "BL": config.lanes(kind.format.bits),
     }
 
 
 def _reduce(partial: torch.Tensor, weight: GpuWeight, y: torch.Tensor, hidden: torch.Tensor, left: torch.Tensor) -> None:
     rank = weight.rank
-    reduce[(triton.cdiv(weight.out_features, _REDUCE_ROWS), len(y))](
+    reduce[(triton.cdiv(weight.out_features, REDUCE_ROWS), len(y))](
         partial, hidden, weight.powers if weight.bias is None else weight.bias, left, y,
         weight.out_features, partial.stride(-2), hidden.stride(-2), len(y), y.stride(0), left.stride(0),
         SPLITS=len(partial), HIDDEN_SPLITS=len(hidden), BIAS=weight.bias is not None,
-        RANK=rank, RANK_BLOCK=triton.next_power_of_2(max(rank, 1)), BN=_REDUCE_ROWS,
+        RANK=rank, RANK_BLOCK=triton.next_power_of_2(max(rank, 1)), BN=REDUCE_ROWS,
         num_warps=4,
     )  # fmt: skip

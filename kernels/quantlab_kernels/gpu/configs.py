@@ -52,7 +52,7 @@ class GemmConfig:
 
     def depth(self, bits: int) -> int:
         """Stages of the software pipeline: one less where lanes are long, and a step holds more inputs than asked for."""
-        return self.stages - (self.lanes(bits) * lane_width(bits) > self.inputs)
+        return max(1, self.stages - (self.lanes(bits) * lane_width(bits) > self.inputs))
 
 
 @dataclass(frozen=True)

@@ -132,12 +132,16 @@ def e2m3_halves(win, AT: tl.constexpr):
 
 
 
+_FLOATS = tl.constexpr(",".join(["=f"] * 8 + ["r"] * 10))
+_HALVES = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 10))
+
+
 @triton.jit
 def register_lookup(nibbles, table, SUBNORMAL_RESULT: tl.constexpr, SIXTEEN: tl.constexpr):
     """Eight codes looked up in a table of ``Reading``: float32, pair by pair."""
     return tl.inline_asm_elementwise(
         prmt_text("subnormal" if SUBNORMAL_RESULT else "upper", 16 if SIXTEEN else 8),
-        ",".join(["=f"] * 8 + ["r"] * 10),
+        _FLOATS,
         [nibbles, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7], table[8]],
         dtype=(tl.float32,) * 8,
         is_pure=True,
@@ -150,7 +154,7 @@ def entry_lookup(nibbles, table, DTYPE: tl.constexpr, SIXTEEN: tl.constexpr):
     """The same of entries of 16 bits: ``DTYPE``, pair by pair."""
     return tl.inline_asm_elementwise(
         prmt_text("half", 16 if SIXTEEN else 8),
-        ",".join(["=h"] * 8 + ["r"] * 10),
+        _HALVES,
         [nibbles, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7], table[8]],
         dtype=(DTYPE.value,) * 8,
         is_pure=True,

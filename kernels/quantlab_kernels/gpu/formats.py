@@ -53,12 +53,12 @@ class Format:
         if bits == 6 and len(table) == 63:
             values = table.double().cpu()
             for decode, exponent, mantissa in ((E3M2, 3, 2), (E2M3, 2, 3)):
-                if torch.equal(values, _minifloat(exponent, mantissa)):
+                if torch.equal(values, minifloat_table(exponent, mantissa)):
                     return cls(bits, decode)
         return cls(bits, TABLE16 if bits <= 4 else TABLE)
 
 
-def _minifloat(exponent: int, mantissa: int) -> torch.Tensor:
+def minifloat_table(exponent: int, mantissa: int) -> torch.Tensor:
     """All values of a float with a sign, ascending, float64; every pattern is a number."""
     patterns = torch.arange(1 << (exponent + mantissa), dtype=torch.float64)
     power, fraction = (patterns / 2**mantissa).floor(), patterns % 2**mantissa / 2**mantissa
@@ -114,10 +114,13 @@ def _entries(table: torch.Tensor, dtype: torch.dtype) -> Reading:
     return Reading(float(factor), 0.0, _byte_planes(bits & 0xFF, bits >> 8), rounded.float())
 
 
+_MOST = 126
+
+
 def power_of_two(magnitude: torch.Tensor) -> torch.Tensor:
-    """The powers of two that are not above ``magnitude``, within 2^-126 and 2^126; 2^-126 where it is zero."""
+    """The powers of two that are not above ``magnitude``, as far as they and their inverses are float32 and normal."""
     _, exponent = torch.frexp(magnitude.float())
-    exponent = torch.where(magnitude > 0, exponent - 1, -126).clamp(-126, 126)
+    exponent = torch.where(magnitude > 0, exponent - 1, -_MOST).clamp(-_MOST, _MOST)
     return torch.ldexp(torch.ones_like(magnitude, dtype=torch.float32), exponent)
 
 

@@ -47,7 +47,7 @@ def gemm(
     own_words = words_ptr + own.to(tl.int64)[:, None] * row_words
     table = load_table(table_ptr, magic, DECODE, ASM)
     if GROUP_UNITS:
-        down = tl.load(powers_ptr + own)[:, None] * factor
+        down = tl.load(powers_ptr + own)[:, None]
     elif ZEROS:
         row_zero = (tl.load(zeros_ptr + own).to(tl.float32) / factor).to(DTYPE)[:, None]
     sums = tl.zeros([BN, BM], tl.float32)
@@ -58,7 +58,7 @@ def gemm(
         if GROUP_UNITS:
             group = tl.minimum(lane // (UNIT_LANES * GROUP_UNITS), groups - 1)
             at = own[:, None] * groups + group[None, :]
-            scale = (tl.load(scales_ptr + at).to(tl.float32) * down).to(DTYPE)
+            scale = (tl.load(scales_ptr + at).to(tl.float32) * down * factor).to(DTYPE)
             if ZEROS:
                 zero = (tl.load(zeros_ptr + at).to(tl.float32) / factor).to(DTYPE)
         elif ZEROS:

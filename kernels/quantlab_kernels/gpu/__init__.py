@@ -1,9 +1,10 @@
-"""Low-bit products on GPUs, in Triton. Importing this asks no driver and needs no Triton; :func:`available` says why not.
+"""Low-bit products on GPUs, in Triton. Importing this asks no driver; :func:`available` says whether they can run here.
 
 The pieces, from the bits up: ``layout`` (how codes lie in memory) and ``formats`` (what they mean) are plain torch;
-``ptx`` and ``decode`` turn bits into numbers inside a kernel; ``gemv``, ``gemm`` and ``w8a8`` are the kernels; ``configs``
-and ``tune`` say how work is cut up; ``weight`` and ``matmul`` are what a caller sees. ``offline``, ``cases`` and ``check``
-hold the compiled kernels to what they are meant to be, without a GPU; ``gpu_check`` is for a machine that has one.
+``ptx`` and ``decode`` turn bits into numbers inside a kernel; ``gemv``, ``gemm`` and ``w8a8`` are the kernels;
+``configs`` and ``tune`` say how work is cut up; ``weight`` and ``matmul`` are what a caller sees. ``offline``,
+``cases`` and ``check`` hold the compiled kernels to what they are meant to be, without a GPU; ``gpu_check`` is for a
+machine that has one.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
-from quantlab_kernels.gpu.configs import TABLES, Config, GemmConfig, GemvConfig, W8A8Config, candidates
+from quantlab_kernels.gpu.configs import TABLES, Config, GemmConfig, GemvConfig, W8A8Config, gemm_configs, gemv_config
 from quantlab_kernels.gpu.formats import E2M3, E3M2, INTEGER, TABLE, TABLE16, Format
 from quantlab_kernels.gpu.gemm import gemm
 from quantlab_kernels.gpu.gemv import gemv, reduce
@@ -73,7 +73,8 @@ class Case:
         format: of the weight; None for kernels that read none.
         dtype: of the activations, as Triton calls it.
         config: the tile; None for ``reduce``.
-        variant: what differs from symmetric groups of 128: ``zeros``, ``rows`` (one scale a row), ``rank`` (a low-rank term).
+        variant: what differs from symmetric groups of 128: ``zeros``, ``rows`` (one scale a row), ``rank`` (a low-rank
+            term).
     """
 
     architecture: str
@@ -87,7 +88,14 @@ class Case:
     def name(self) -> str:
         """Under which its figures are kept."""
         tile = "x".join(map(str, astuple(self.config))) if self.config else ""
-        parts = (self.architecture, self.kernel, self.format.name if self.format else "", self.dtype, tile, self.variant)
+        parts = (
+            self.architecture,
+            self.kernel,
+            self.format.name if self.format else "",
+            self.dtype,
+            tile,
+            self.variant,
+        )
         return "/".join(part for part in parts if part)
 
     @cached_property
@@ -120,7 +128,8 @@ class Case:
     @property
     def budget(self) -> float | None:
         """Issue slots a weight, codes and 16-bit scales counted; None where memory is not what bounds the kernel."""
-        few_rows = isinstance(self.config, GemvConfig) or (isinstance(self.config, GemmConfig) and self.config.block_m <= 16)
+        tile = self.config
+        few_rows = isinstance(tile, GemvConfig) or (isinstance(tile, GemmConfig) and tile.block_m <= 16)
         if not few_rows or self.format is None:
             return None
         return PEAKS[self.architecture].budget(self.format.bits / 8 + 2 / GROUP)
@@ -146,13 +155,15 @@ class Case:
         return compile_for(kernel, self.architecture, types, constants, aligned, **options)
 
     def _gemv(self) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-        assert self.format is not None and isinstance(self.config, GemvConfig)
+        assert self.format is not None
+        assert isinstance(self.config, GemvConfig)
         rank = 16 if self.variant == "rank" else 0
         constants = gemv_constants(self._kind, self.dtype == "fp16", rank, 1, self.config, True, self._asm)
         return gemv, self._types(gemv, constants), constants, {"num_warps": 1, "num_stages": 1}
 
     def _gemm(self) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-        assert self.format is not None and isinstance(self.config, GemmConfig)
+        assert self.format is not None
+        assert isinstance(self.config, GemmConfig)
         constants = gemm_constants(self._kind, self.config, True, False, self._asm)
         options = {"num_warps": self.config.warps, "num_stages": self.config.depth(self.format.bits)}
         return gemm, self._types(gemm, constants), constants, options
@@ -182,33 +193,30 @@ class Case:
 
 def cases(architecture: str) -> Iterator[Case]:
     """All that is shipped for a class of devices."""
-    table = TABLES[architecture]
     for format in FORMATS:
         for dtype in ("fp16", "bf16"):
-            for config in table.gemv[lane_words(format.bits) > 1]:
-                yield Case(architecture, "gemv", format, dtype, config)
-            for configs in table.gemm.values():
-                for config in configs:
-                    yield Case(architecture, "gemm", format, dtype, config)
+            yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format))
+            for config in gemm_configs(architecture, format).values():
+                yield Case(architecture, "gemm", format, dtype, config)
     for bits in (2, 3, 4, 8):
         format = Format(bits, INTEGER, 0)
         for dtype in ("fp16", "bf16"):
-            yield Case(architecture, "gemv", format, dtype, candidates(architecture, bits, 1)[0], "zeros")
-            yield Case(architecture, "gemm", format, dtype, candidates(architecture, bits, 16)[0], "zeros")
+            yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format), "zeros")
+            yield Case(architecture, "gemm", format, dtype, gemm_configs(architecture, format)[16], "zeros")
     format = Format(4, INTEGER, -8)
-    yield Case(architecture, "gemv", format, "bf16", candidates(architecture, 4, 1)[0], "rows")
-    yield Case(architecture, "gemm", format, "bf16", candidates(architecture, 4, 16)[0], "rows")
-    yield Case(architecture, "gemv", format, "bf16", candidates(architecture, 4, 1)[0], "rank")
+    yield Case(architecture, "gemv", format, "bf16", gemv_config(architecture, format), "rows")
+    yield Case(architecture, "gemm", format, "bf16", gemm_configs(architecture, format)[16], "rows")
+    yield Case(architecture, "gemv", format, "bf16", gemv_config(architecture, format), "rank")
     yield Case(architecture, "reduce", None, "bf16")
     yield Case(architecture, "reduce", None, "bf16", None, "rank")
-    for configs in table.w8a8.values():
-        for config in configs:
-            yield Case(architecture, "w8a8", None, "int8", config)
-            if multiplies_e4m3(architecture):
-                yield Case(architecture, "w8a8", None, "fp8e4nv", config)
+    for eight in TABLES[architecture].w8a8.values():
+        yield Case(architecture, "w8a8", None, "int8", eight)
+        if multiplies_e4m3(architecture):
+            yield Case(architecture, "w8a8", None, "fp8e4nv", eight)
 
 
 def issued(architecture: str, compiled: Compiled) -> int:
-    """Instructions of a step that compete for issue slots: on AMD those of the vector units, which issue by themselves."""
-    amd = architecture.startswith("gfx")
-    return sum(count for name, count in compiled.loop.items() if not amd or (name[0] == "v" and not is_tensor_core(name)))
+    """Instructions of a step that compete for issue slots: on AMD, those of the vector units."""
+    if not architecture.startswith("gfx"):
+        return compiled.loop.total()
+    return sum(count for name, count in compiled.loop.items() if name[0] == "v" and not is_tensor_core(name))

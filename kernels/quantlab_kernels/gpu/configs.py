@@ -6,11 +6,12 @@ has tuned (:mod:`quantlab_kernels.gpu.tune`), the fastest of the same table is r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
+from quantlab_kernels.gpu.formats import TABLE16, Format
 from quantlab_kernels.gpu.layout import Layout, lane_width, lane_words
 
 
@@ -47,11 +48,11 @@ class GemmConfig:
     stages: int
 
     def lanes(self, bits: int) -> int:
-        """Lanes of a step: at least 8, for tensor cores take 16 inputs at a time; more than 16 take too many registers."""
+        """Lanes of a step: at least 8, for tensor cores take 16 inputs at a time; at most 16, for registers."""
         return min(max(8, self.inputs // lane_width(bits)), 16)
 
     def depth(self, bits: int) -> int:
-        """Stages of the software pipeline: one less where lanes are long, and a step holds more inputs than asked for."""
+        """Stages of the software pipeline: one less where lanes are long, and a step holds more inputs than asked."""
         return max(1, self.stages - (self.lanes(bits) * lane_width(bits) > self.inputs))
 
 
@@ -87,27 +88,24 @@ class Table:
     """The configs of a class of devices.
 
     Attributes:
-        gemv: for one row, by the words of a lane: one, or three and more. The default first.
-        gemm: by the most rows of activations that they are for, ascending; 0 is any number. The default first.
+        gemv: for one row: where a lane has one word, and where it has three or more.
+        gemm: by the most rows of activations that they are for, ascending; 0 is any number.
         w8a8: likewise.
     """
 
-    gemv: tuple[tuple[GemvConfig, ...], tuple[GemvConfig, ...]]
-    gemm: dict[int, tuple[GemmConfig, ...]]
-    w8a8: dict[int, tuple[W8A8Config, ...]]
+    gemv: tuple[GemvConfig, GemvConfig]
+    gemm: dict[int, GemmConfig]
+    w8a8: dict[int, W8A8Config]
 
 
-_GEMV = (GemvConfig(8, 128), GemvConfig(4, 128)), (GemvConfig(4, 128), GemvConfig(2, 128))
-# One or two warps of 32 rows of weights each: no exchange between warps.
-_SKINNY = GemmConfig(16, 32, 128, 1, 3), GemmConfig(16, 64, 128, 2, 3)
-_NARROW = (GemmConfig(32, 128, 128, 4, 3),)
-_WIDE = (GemmConfig(64, 128, 128, 4, 3),)
-_W8A8 = {16: (W8A8Config(16, 128, 128, 4, 4),), 64: (W8A8Config(64, 128, 128, 4, 3),), 0: (W8A8Config(128, 128, 128, 8, 3),)}
+_GEMV = GemvConfig(8, 128), GemvConfig(4, 128)
+# One warp with all 32 rows of weights: no exchange between warps, and many programs.
+_SKINNY = GemmConfig(16, 32, 128, 1, 3)
+_WIDE = GemmConfig(64, 128, 128, 4, 3)
+_W8A8 = {16: W8A8Config(16, 128, 128, 4, 4), 64: W8A8Config(64, 128, 128, 4, 3), 0: W8A8Config(128, 128, 128, 8, 3)}
+_WARP_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 0: _WIDE}, _W8A8)
 # Tensor cores that take a whole tile (wgmma, tcgen05) keep the sums out of the way: a tile twice as wide fits.
-_WARP_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 32: _NARROW, 0: _WIDE}, _W8A8)
-_TILE_TENSOR_CORES = Table(
-    _GEMV, {16: _SKINNY, 32: _NARROW, 64: _WIDE, 0: (GemmConfig(128, 128, 128, 4, 3),)}, _W8A8
-)
+_TILE_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 64: _WIDE, 0: GemmConfig(128, 128, 128, 4, 3)}, _W8A8)
 
 TABLES = {
     "sm_80": _WARP_TENSOR_CORES,
@@ -116,15 +114,15 @@ TABLES = {
     "sm_100": _TILE_TENSOR_CORES,
     "sm_120": _WARP_TENSOR_CORES,
     "gfx942": Table(
-        ((GemvConfig(4, 256),), (GemvConfig(2, 256),)),
-        {16: (GemmConfig(16, 32, 128, 1, 2),), 32: (GemmConfig(32, 128, 128, 4, 2),), 0: (GemmConfig(64, 128, 128, 4, 2),)},
-        {64: (W8A8Config(64, 128, 128, 4, 2),), 0: (W8A8Config(128, 128, 128, 8, 2),)},
+        (GemvConfig(4, 256), GemvConfig(2, 256)),
+        {16: GemmConfig(16, 32, 128, 1, 2), 0: GemmConfig(64, 128, 128, 4, 2)},
+        {64: W8A8Config(64, 128, 128, 4, 2), 0: W8A8Config(128, 128, 128, 8, 2)},
     ),
     # Few programs, each as large as it gets: every one costs the interpreter the same.
     "interpreter": Table(
-        ((GemvConfig(32, 128),), (GemvConfig(32, 32),)),
-        {16: (GemmConfig(16, 64, 128, 1, 1),), 0: (GemmConfig(128, 64, 128, 1, 1),)},
-        {0: (W8A8Config(64, 64, 128, 1, 1),)},
+        (GemvConfig(32, 128), GemvConfig(32, 32)),
+        {16: GemmConfig(16, 64, 128, 1, 1), 0: GemmConfig(128, 64, 128, 1, 1)},
+        {0: W8A8Config(64, 64, 128, 1, 1)},
     ),
 }
 
@@ -144,17 +142,32 @@ def table_for(architecture: str) -> Table:
     return TABLES[max(older, key=lambda name: int(name[3:]), default="sm_80")]
 
 
-def candidates(architecture: str, bits: int, rows: int) -> tuple[Config, ...]:
-    """The configs of a device for so many rows of activations, the default first."""
-    table = table_for(architecture)
-    if rows <= _GEMV_ROWS:
-        return table.gemv[lane_words(bits) > 1]
-    return _of_rows(table.gemm, rows)
+def gemv_config(architecture: str, format: Format) -> GemvConfig:
+    """The tile of a GEMV."""
+    several = lane_words(format.bits) > 1
+    config = table_for(architecture).gemv[several]
+    # A table in registers takes nine of them, and several words a lane take the rest.
+    return replace(config, block_rows=config.block_rows // 2) if several and format.decode == TABLE16 else config
 
 
-def choose(device: Device, layout: Layout, out_features: int, rows: int) -> tuple[Config, int]:
+def gemm_configs(architecture: str, format: Format) -> dict[int, GemmConfig]:
+    """The tiles of a GEMM, as :class:`Table` has them."""
+    tiles = list(table_for(architecture).gemm.items())
+    if format.decode == TABLE16:  # nine registers again: not beside the sums of the largest tile
+        tiles = [(most, config) for most, config in tiles if config.block_m <= 64]
+    return {**dict(tiles[:-1]), 0: tiles[-1][1]}
+
+
+def candidates(architecture: str, format: Format, rows: int) -> tuple[Config, ...]:
+    """The configs of a device for so many rows of activations, the default first and what tuning may prefer to it."""
+    tiles = gemm_configs(architecture, format)
+    fitting = [config for most, config in tiles.items() if rows <= most or most == 0][:2]
+    return (gemv_config(architecture, format), fitting[0]) if rows <= _GEMV_ROWS else tuple(fitting)
+
+
+def choose(device: Device, format: Format, layout: Layout, out_features: int, rows: int) -> tuple[Config, int]:
     """The config and the number of shares of the inputs for a product, without measuring anything."""
-    config = candidates(device.architecture, layout.bits, rows)[0]
+    config = candidates(device.architecture, format, rows)[0]
     return config, shares(device, config, layout, out_features, rows)
 
 
@@ -176,11 +189,7 @@ def shares(device: Device, config: Config, layout: Layout, out_features: int, ro
 
 def choose_w8a8(device: Device, rows: int) -> W8A8Config:
     """The config of an 8-bit product."""
-    return _of_rows(table_for(device.architecture).w8a8, rows)[0]
-
-
-def _of_rows(by_rows: dict[int, tuple], rows: int) -> tuple:
-    return next(found for most, found in by_rows.items() if rows <= most or most == 0)
+    return next(config for most, config in table_for(device.architecture).w8a8.items() if rows <= most or most == 0)
 
 
 @cache

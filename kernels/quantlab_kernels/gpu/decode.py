@@ -1,9 +1,9 @@
 """From bits to numbers, inside a kernel. Every function here is called by kernels and can only run in one.
 
 A decode gives the two weights of a pair (:mod:`quantlab_kernels.gpu.layout`) as float32 tensors that are the weights
-but for factors which are powers of two and are cheaper to apply elsewhere: ``weight = decoded * input_factor * factor``,
-where ``input_factor`` depends on the place of the pair in its window and is multiplied to the activations once for all
-rows of weights, and ``factor`` is multiplied to the scales. Both are exact.
+but for factors which are powers of two and are cheaper to apply elsewhere: ``weight = decoded * input_factor *
+factor``, where ``input_factor`` depends on the place of the pair in its window and is multiplied to the activations
+once for all rows of weights, and ``factor`` is multiplied to the scales. Both are exact.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def shifted(word, SHIFT: tl.constexpr):
 
 @triton.jit
 def window(words, PARTS: tl.constexpr):
-    """One window of a lane: whole codes, with bits of no meaning between them. ``PARTS`` as ``layout.windows`` gives it."""
+    """One window of a lane: whole codes, and bits of no meaning between them. ``PARTS``: see ``layout.windows``."""
     found = shifted(words[PARTS[0][0]], PARTS[0][1])
     # Each further plane fills all that the ones before it left: a bit-select is one instruction, and a code is masked
     # out of the window anyway.
@@ -95,7 +95,7 @@ def integer_bits(win, BITS: tl.constexpr, WIDTH: tl.constexpr, INDEX: tl.constex
 
 @triton.jit
 def integer_value(bits, magic, AT: tl.constexpr, OFFSET: tl.constexpr):
-    """``(code + OFFSET) * 2^AT``, exactly: the code is put into the mantissa of ``magic``, 2^23, which is then subtracted.
+    """``(code + OFFSET) * 2^AT``, exactly: the code goes into the mantissa of ``magic``, 2^23, which is subtracted.
 
     ``magic`` is an argument of the kernel and no constant: an instruction has room for one constant, the mask.
     """
@@ -128,8 +128,6 @@ def e2m3_halves(win, AT: tl.constexpr):
     """Two e2m3 patterns at ``AT`` of either half as float16 times ``2^-14``: exponent and mantissa end at bit 7."""
     magnitude = shifted(win, AT - 7) & 0x0F800F80
     return magnitude | (shifted(win, AT - 10) & 0x80008000)
-
-
 
 
 _FLOATS = tl.constexpr(",".join(["=f"] * 8 + ["r"] * 10))
@@ -169,7 +167,8 @@ NO_LANE = tl.constexpr("{ .reg .b32 l; mov.u32 l, %laneid; and.b32 $0, l, $1; }"
 def load_table(pointer, magic, DECODE: tl.constexpr, ASM: tl.constexpr):
     """What a kernel holds of a table: nine words for ``prmt``, or where the float32 entries lie."""
     if DECODE == _TABLE16 and ASM:
-        # Zero, which the compiler can't know: what it knows to be the same for all threads it keeps in uniform registers,
+        # Zero, which the compiler can't know: what it knows to be the same for all threads it keeps in uniform
+        # registers,
         # and copies from there for each use, one instruction a weight.
         zero = tl.inline_asm_elementwise(NO_LANE, "=r,r", [magic], tl.int32, is_pure=True, pack=1)
         words = ()
@@ -190,7 +189,7 @@ def input_factor(decode, scaled, bits, width, index, half):
 
 @triton.jit
 def values(win, table, magic, DECODE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
-           OFFSET: tl.constexpr, ASM: tl.constexpr):
+           OFFSET: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """The numbers of a window, pair by pair: a tuple of ``32 / WIDTH`` float32 tensors.
 
     Args:
@@ -239,8 +238,10 @@ def _half_constraints(pairs, zeros, scales):
 
 
 @triton.jit
-def weights(win, scale, zero, table, magic, DTYPE: tl.constexpr, DECODE: tl.constexpr, BITS: tl.constexpr,
-            WIDTH: tl.constexpr, OFFSET: tl.constexpr, ZEROS: tl.constexpr, SCALES: tl.constexpr, ASM: tl.constexpr):
+def weights(
+    win, scale, zero, table, magic, DTYPE: tl.constexpr, DECODE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr, ZEROS: tl.constexpr, SCALES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
     """The weights of a window in ``DTYPE``, pair by pair: ``(read - zero) * scale``, with what codes are read as.
 
     Args:
@@ -248,15 +249,21 @@ def weights(win, scale, zero, table, magic, DTYPE: tl.constexpr, DECODE: tl.cons
         zero: likewise, if ``ZEROS``.
     """
     found = ()
-    if ASM and has_half_text(DECODE, BITS, DTYPE == tl.bfloat16):
-        TEXT: tl.constexpr = half_text(DECODE, BITS, WIDTH, OFFSET, ZEROS, SCALES, DTYPE == tl.bfloat16)
+    BRAIN: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300 (a dtype doesn't know how to compare itself to a constant)
+    if ASM and has_half_text(DECODE, BITS, BRAIN):
+        TEXT: tl.constexpr = half_text(DECODE, BITS, WIDTH, OFFSET, ZEROS, SCALES, BRAIN)
         inputs = (win,)
         if SCALES:
             inputs += (scale,)
         if ZEROS:
             inputs += (zero,)
         found = tl.inline_asm_elementwise(
-            TEXT, _half_constraints(16 // WIDTH, ZEROS, SCALES), inputs, dtype=(DTYPE.value,) * (32 // WIDTH), is_pure=True, pack=1
+            TEXT,
+            _half_constraints(16 // WIDTH, ZEROS, SCALES),
+            inputs,
+            dtype=(DTYPE.value,) * (32 // WIDTH),
+            is_pure=True,
+            pack=1,
         )
     elif DECODE == _TABLE16 and ASM:
         if WIDTH == 4:

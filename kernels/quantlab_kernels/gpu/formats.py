@@ -10,8 +10,8 @@ import torch
 INTEGER, E3M2, E2M3, TABLE, TABLE16 = range(5)
 DECODES = ("integer", "e3m2", "e2m3", "table", "table16")
 
-# float16 activations are multiplied by 2^110 where codes are read as subnormal float32, multiples of 2^-149: the largest
-# stays finite and the smallest product is a normal number. 2^39 makes up for the rest.
+# float16 activations are multiplied by 2^110 where codes are read as subnormal float32, multiples of 2^-149: the
+# largest stays finite and the smallest product is a normal number. 2^39 makes up for the rest.
 SUBNORMAL = 110
 _SUBNORMAL_UNIT = 149
 _FIXED_STEPS = 2**15 - 1
@@ -23,7 +23,8 @@ class Format:
 
     Attributes:
         bits: width of a code.
-        decode: ``INTEGER``, ``E3M2``, ``E2M3`` (native patterns), ``TABLE`` (a look-up in memory) or ``TABLE16`` (at most
+        decode: ``INTEGER``, ``E3M2``, ``E2M3`` (native patterns), ``TABLE`` (a look-up in memory) or ``TABLE16`` (at
+            most
             16 entries, looked up in registers).
         offset: what an integer code means is ``code + offset``; 0 for other formats.
     """
@@ -72,7 +73,8 @@ class Reading:
     """What stands between the numbers that a kernel reads out of codes, and a table's entries.
 
     Attributes:
-        factor: an entry is ``read * input_factor * factor - fold``, see :func:`quantlab_kernels.gpu.decode.input_factor`.
+        factor: an entry is ``read * input_factor * factor - fold``, see
+            :func:`quantlab_kernels.gpu.decode.input_factor`.
         fold: what is subtracted, as a multiple of the sum of the activations.
         table: what the kernel is handed: int32 ``[9]`` for ``prmt``, the low bytes of entries 0-3, 4-7, 8-11, 12-15,
             then the high bytes, then a word whose bytes are 0 and 255 to make masks of; float32 for a look-up in
@@ -150,7 +152,9 @@ def _upper_halves(table: torch.Tensor) -> Reading:
     candidates = torch.stack([(top + d) & 0xFFFF for d in (-1, 0, 1)])
     low = candidates & 0xFF
     bits = (candidates << 16) | (low << 8) | low
-    error = torch.where(bits.view(torch.float32).isfinite(), bits.view(torch.float32).double() - values, torch.inf).abs()
+    error = torch.where(
+        bits.view(torch.float32).isfinite(), bits.view(torch.float32).double() - values, torch.inf
+    ).abs()
     nearest = error.argmin(0, keepdim=True)
     chosen = candidates.gather(0, nearest)[0]
     read = bits.gather(0, nearest)[0].view(torch.float32)

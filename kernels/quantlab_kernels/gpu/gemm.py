@@ -23,7 +23,7 @@ def gemm(
     DECODE: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
-):
+):  # fmt: skip
     """``y = x @ W.T`` (``+ bias``), or one share of the inputs for each third program id.
 
     Args:

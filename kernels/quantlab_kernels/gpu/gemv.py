@@ -19,12 +19,13 @@ from quantlab_kernels.gpu.decode import input_factor, load, load_table, load_wor
 @triton.jit
 def gemv(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, right_ptr, partial_ptr,
-    columns, out_features, lanes, row_words, groups, x_stride, chunk, right_columns, blocks, outputs, magic, factor, fold,
+    columns, out_features, lanes, row_words, groups, x_stride, chunk, right_columns, blocks, outputs, magic, factor,
+    fold,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
     FULL: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
-):
+):  # fmt: skip
     """Partial sums of ``x @ W.T``: float32 ``[splits, ROWS, outputs]``.
 
     Args:
@@ -49,23 +50,24 @@ def gemv(
             columns, out_features, lanes, row_words, groups, x_stride, block * BN, split * chunk, chunk, outputs,
             magic, factor, fold, BITS, WIDTH, LANE, WORDS, PARTS, DECODE, OFFSET, SCALED, ASM,
             UNIT_LANES, GROUP_UNITS, ZEROS, FOLD, FULL, ROWS, BN, BL,
-        )
+        )  # fmt: skip
     elif RANK:
         _rows_of_right(
-            x_ptr, right_ptr, partial_ptr + out_features, columns, x_stride, right_columns, (block - blocks) * BN,
+            x_ptr, right_ptr, partial_ptr + out_features, x_stride, right_columns, (block - blocks) * BN,
             split * chunk * LANE, tl.minimum(columns, (split + 1) * chunk * LANE), outputs, RANK, ROWS, BN,
-        )
+        )  # fmt: skip
 
 
 @triton.jit
 def _rows_of_codes(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, partial_ptr,
-    columns, out_features, lanes, row_words, groups, x_stride, first_row, first_lane, chunk, outputs, magic, factor, fold,
+    columns, out_features, lanes, row_words, groups, x_stride, first_row, first_lane, chunk, outputs, magic, factor,
+    fold,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
-):
+):  # fmt: skip
     # The lanes of a 128-bit load that have one scale are added before it is applied.
     TOGETHER: tl.constexpr = min(4, UNIT_LANES)
     SUMS: tl.constexpr = BL // TOGETHER
@@ -142,9 +144,9 @@ def _rows_of_codes(
 
 @triton.jit
 def _rows_of_right(
-    x_ptr, right_ptr, partial_ptr, columns, x_stride, right_columns, first_row, first, last, outputs,
+    x_ptr, right_ptr, partial_ptr, x_stride, right_columns, first_row, first, last, outputs,
     RANK: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-):
+):  # fmt: skip
     BK: tl.constexpr = 256
     row = first_row + tl.arange(0, BN)
     own = tl.minimum(row, RANK - 1)
@@ -170,12 +172,13 @@ def reduce(
     out_features, outputs, hidden_outputs, rows, y_stride, left_columns,
     SPLITS: tl.constexpr, HIDDEN_SPLITS: tl.constexpr, BIAS: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BN: tl.constexpr,
-):
+):  # fmt: skip
     """``y``: the partial sums added from the first share to the last, the low-rank term, and the bias; rounded once.
 
     Args:
         partial_ptr: float32 ``[SPLITS, rows, outputs]``, of which the first ``out_features`` are read.
-        hidden_ptr: float32 ``[HIDDEN_SPLITS, rows, hidden_outputs]``: shares of ``x @ right.T``, the first ``RANK`` columns.
+        hidden_ptr: float32 ``[HIDDEN_SPLITS, rows, hidden_outputs]``: shares of ``x @ right.T``, the first ``RANK``
+            columns.
         left_ptr: ``[out_features, RANK]``, rows ``left_columns`` apart.
         y_ptr: ``[rows, out_features]``, rows ``y_stride`` apart.
         RANK_BLOCK: the power of two from ``RANK`` on.

@@ -1,4 +1,4 @@
-"""For a machine with a GPU: ``make gpu-check``. Are the kernels right there, how fast are they, and is that what memory allows?
+"""``make gpu-check``, for a machine with a GPU: are the kernels right, and how near to what memory allows?
 
 Every format and dtype is compared with float64 for 1 to 300 rows; then products are timed with CUDA events against
 cuBLAS in float16 and, where they are installed, gemlite and bitsandbytes. The result is a JSON file that can be
@@ -95,7 +95,9 @@ class Tensors:
         return cls(*(None if t is None else t.to(device) for t in (*stored, exact)))  # type: ignore[arg-type]
 
 
-def errors(subject: Subject, dtype: torch.dtype, device: torch.device, rows: tuple[int, ...] = ROWS) -> dict[str, float]:
+def errors(
+    subject: Subject, dtype: torch.dtype, device: torch.device, rows: tuple[int, ...] = ROWS
+) -> dict[str, float]:
     """How far products are from float64, as a share of all that is added up, and of what is allowed: 1 is the limit.
 
     The limit is the rounding of the result, of scales and weights to ``dtype``, and of 16-entry tables.
@@ -107,7 +109,9 @@ def errors(subject: Subject, dtype: torch.dtype, device: torch.device, rows: tup
         if columns // group > 1 and group % 32:
             continue
         tensors = Tensors.random(subject, 264, columns, group, device)
-        weight = prepare(tensors.codes, tensors.scales, tensors.zeros, subject.table, subject.bits, subject.offset, columns)
+        weight = prepare(
+            tensors.codes, tensors.scales, tensors.zeros, subject.table, subject.bits, subject.offset, columns
+        )
         allowed = 4 * torch.finfo(dtype).eps / 2
         for count in rows:
             x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(device, dtype)
@@ -140,7 +144,9 @@ def stream_bandwidth(device: torch.device, time: Callable[[Callable[[], object]]
     return 2 * source.numel() / (time(lambda: target.copy_(source)) / 1e3)
 
 
-def peers(subject: Subject, outputs: int, columns: int, device: torch.device) -> dict[str, Callable[[torch.Tensor], Any]]:
+def peers(
+    subject: Subject, outputs: int, columns: int, device: torch.device
+) -> dict[str, Callable[[torch.Tensor], Any]]:
     """Other implementations of the same product that are installed, as functions of the activations."""
     found: dict[str, Callable[[torch.Tensor], Any]] = {}
     dense = torch.randn(outputs, columns, dtype=torch.float16, device=device) / 64
@@ -172,9 +178,12 @@ def _bitsandbytes(dense: torch.Tensor) -> Callable[[torch.Tensor], Any]:
 
 
 def timings(
-    device: torch.device, shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], time: Callable[[Callable[[], object]], float]
+    device: torch.device,
+    shapes: tuple[tuple[int, int], ...],
+    rows: tuple[int, ...],
+    time: Callable[[Callable[[], object]], float],
 ) -> Iterator[dict[str, Any]]:
-    """One record for each format, shape and number of rows: milliseconds of ours and of each peer, share of the roofline.
+    """A record for each format, shape and number of rows: milliseconds of ours and of each peer, share of the roofline.
 
     Args:
         device: where.

@@ -7,10 +7,10 @@ bit plane (4 + 2 bits for 6, 2 + 1 for 3, 4 + 2 + 1 for 7). A lane of ``b``-bit 
 and nothing more; the words of a lane lie in separate streams, ``int32 [out, words, lanes]``, each read 128 bits (four
 lanes) at a time.
 
-Which input belongs to which bits: a **unit** is ``unit_lanes`` neighbouring lanes (at most 128 inputs, never more than a
-group, so that a lane has one scale). Its inputs are laid out pair by pair: pair ``i`` of lane ``l`` is the inputs
-``unit_start + i * 2 * unit_lanes + 2 * l`` and the next one. The first lies in the low half of a word, the second in the
-high half, at the same place: one mask extracts both, which is the register that ``half2`` arithmetic and
+Which input belongs to which bits: a **unit** is ``unit_lanes`` neighbouring lanes (at most 128 inputs, never more than
+a group, so that a lane has one scale). Its inputs are laid out pair by pair: pair ``i`` of lane ``l`` is the inputs
+``unit_start + i * 2 * unit_lanes + 2 * l`` and the next one. The first lies in the low half of a word, the second in
+the high half, at the same place: one mask extracts both, which is the register that ``half2`` arithmetic and
 tensor cores want; and four lanes of a pair are eight neighbouring inputs, one 128-bit load of activations.
 
 Where a code has more than one plane, the pairs are numbered so that one shift and one bit-select put the upper bits

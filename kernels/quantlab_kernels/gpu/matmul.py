@@ -1,4 +1,4 @@
-"""The entry: a product of 16-bit activations and a quantized weight, with whichever kernel and config suits the rows."""
+"""The entry: a product of 16-bit activations and a quantized weight, by the kernel that suits the number of rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 import triton
 
 from quantlab_kernels.gpu.configs import Config, GemmConfig, GemvConfig, device_of, shares
-from quantlab_kernels.gpu.tune import best
 from quantlab_kernels.gpu.formats import INTEGER, TABLE16
 from quantlab_kernels.gpu.gemm import gemm
 from quantlab_kernels.gpu.gemv import gemv, reduce
+from quantlab_kernels.gpu.tune import best
 from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, Kind, prepare
 
 MAGIC = 0x4B000000  # 2^23 as a float32
@@ -67,7 +67,11 @@ _prepared: dict[int, tuple[weakref.ref[torch.Tensor], int, GpuWeight]] = {}
 
 
 def product(
-    x: torch.Tensor, weight: GpuWeight, *, config: Config | None = None, splits: int | None = None,
+    x: torch.Tensor,
+    weight: GpuWeight,
+    *,
+    config: Config | None = None,
+    splits: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``x @ W.T + bias`` with a prepared weight.
@@ -158,7 +162,8 @@ def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfi
         x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, weight.powers,
         weight.powers if weight.bias is None else weight.bias, sums,
         len(x), weight.columns, weight.out_features, weight.kind.layout.lanes, weight.words.stride(0),
-        weight.scales.shape[1], x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk, MAGIC, reading.factor,
+        weight.scales.shape[1], x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk, MAGIC,
+        reading.factor,
         **gemm_constants(weight.kind, config, full, whole and weight.bias is not None, asm, _INTERPRETED),
         num_warps=config.warps, num_stages=config.depth(weight.kind.format.bits), enable_fp_fusion=True,
     )  # fmt: skip
@@ -183,7 +188,9 @@ def gemm_constants(
     }
 
 
-def _reduce(partial: torch.Tensor, weight: GpuWeight, y: torch.Tensor, hidden: torch.Tensor, left: torch.Tensor) -> None:
+def _reduce(
+    partial: torch.Tensor, weight: GpuWeight, y: torch.Tensor, hidden: torch.Tensor, left: torch.Tensor
+) -> None:
     rank = weight.rank
     reduce[(triton.cdiv(weight.out_features, REDUCE_ROWS), len(y))](
         partial, hidden, weight.powers if weight.bias is None else weight.bias, left, y,

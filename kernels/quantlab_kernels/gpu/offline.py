@@ -1,4 +1,4 @@
-"""Kernels compiled for a device that is not there, and what the machine code says: registers, spills, loads, tensor cores.
+"""Kernels compiled for a device that is not there, and what the machine code says of registers, spills and loads.
 
 Triton's wheel brings the assemblers and disassemblers, so this needs neither a driver nor a CUDA toolkit.
 """
@@ -163,7 +163,7 @@ def _amd_figures(compiled: Any) -> Compiled:
 
 
 def innermost_loop(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> list[str]:
-    """The longest stretch from a label to a branch back to it that holds no other such stretch; all if there is none."""
+    """The longest stretch from a label to a branch back to it that holds no other such; all if there is none."""
     places: dict[str, int] = {}
     spans = []
     address = 0

@@ -18,7 +18,8 @@ def prmt_text(result: str, entries: int) -> str:
     bytes. Both halves are looked up and the fourth bit of each code selects. Low and high bytes are then put together.
 
     Args:
-        result: ``upper``: as the upper half of a float32, its lower bytes the low byte again. ``subnormal``: as the lower
+        result: ``upper``: as the upper half of a float32, its lower bytes the low byte again. ``subnormal``: as the
+            lower
             half of a float32; the high byte is below 128, so that ``prmt``'s sign extension of it (selectors from 8)
             is the zero above. ``half``: as a 16-bit number.
         entries: 16, or 8 where the fourth bit of a code has no meaning.
@@ -43,7 +44,7 @@ def prmt_text(result: str, entries: int) -> str:
         if result == "half":
             for j in (0, 2):
                 lines.append(f"prmt.b32 a, l, h, 0x{5 + j}{1 + j}{4 + j}{j};")
-                lines.append("mov.b32 {$%d, $%d}, a;" % (2 * j + half, 2 * j + 2 + half))
+                lines.append(f"mov.b32 {{${2 * j + half}, ${2 * j + 2 + half}}}, a;")
             continue
         for j in range(4):
             picked = f"0x{4 + j}{j}{j}{j}" if result == "upper" else f"0x{12 + j:x}{12 + j:x}{4 + j}{j}"
@@ -70,7 +71,7 @@ def half_text(decode: int, bits: int, width: int, offset: int, zeros: bool, scal
     pairs = 16 // width
     count = 2 * pairs
     win, scale, zero = f"${count}", f"${count + 1}", f"${count + 1 + scales}"
-    kind, mantissa, one = ("bf16x2", 7, 0x3F80) if brain else ("f16x2", 10, 0x3C00)
+    kind, mantissa = ("bf16x2", 7) if brain else ("f16x2", 10)
     lines = [".reg .b32 v, r, s, z, c, d; .reg .b16 l, h;"]
     if scales:
         lines.append(f"mov.b32 s, {{{scale}, {scale}}};")
@@ -104,7 +105,7 @@ def half_text(decode: int, bits: int, width: int, offset: int, zeros: bool, scal
         if scales:
             lines.append(f"mov.b32 c, {_twice(0x8000)};")  # -0: nothing is added, not even to the sign of a zero
             lines.append(f"fma.rn.{kind} r, r, s, c;")
-        lines.append("mov.b32 {$%d, $%d}, r;" % (2 * j, 2 * j + 1))
+        lines.append(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, r;")
     return "{ " + " ".join(lines) + " }"
 
 

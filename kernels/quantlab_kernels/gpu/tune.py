@@ -1,4 +1,4 @@
-"""Which config is fastest on this device: measured when a user asks for it, kept in a JSON file, read before each choice.
+"""Which config is fastest on this device: measured when a user asks, kept in a JSON file, read before each choice.
 
 An entry is found by architecture, number of multiprocessors, format, shape of the weight and a bucket of rows, never by
 a device's marketing name. Without the file, or without an entry, the static choice stands.
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def best(device: Device, format: Format, layout: Layout, out_features: int, rows
     entry = _read(cache_path()).get(key(device, format, layout, out_features, rows))
     if entry is not None:
         return entry
-    return choose(device, layout, out_features, rows)
+    return choose(device, format, layout, out_features, rows)
 
 
 def tune(
@@ -75,9 +75,9 @@ def tune(
         time = do_bench
     format, layout, outputs, rows = weight.kind.format, weight.kind.layout, weight.out_features, len(x)
     timed = {}
-    for config in candidates(device.architecture, format.bits, rows):
+    for config in candidates(device.architecture, format, rows):
         for splits in {shares(device, config, layout, outputs, rows), *_SPLITS}:
-            timed[config, splits] = time(lambda config=config, splits=splits: run(config, splits))
+            timed[config, splits] = time(partial(run, config, splits))
     fastest = min(timed, key=lambda found: timed[found])
     _write(cache_path(), key(device, format, layout, outputs, rows), fastest)
     return fastest

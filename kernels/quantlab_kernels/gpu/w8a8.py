@@ -19,7 +19,7 @@ def gemm_w8a8(
     rows, columns, out_features, x_stride, w_stride, y_stride,
     INTEGER: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TOGETHER: tl.constexpr,
-):
+):  # fmt: skip
     """``y = (x @ w.T) * x_scales * w_scales + bias``.
 
     Args:
@@ -110,7 +110,7 @@ def product_w8a8(
     *,
     config: W8A8Config | None = None,
 ) -> torch.Tensor:
-    """The product of 8-bit rows ``[rows, in]`` and an 8-bit weight ``[out, in]``, each with a scale a row, in ``dtype``.
+    """The product of 8-bit rows ``[rows, in]`` and an 8-bit weight ``[out, in]``, with a scale for each row.
 
     Raises:
         ValueError: the two are not both int8 or both float8_e4m3fn, or the device has no tensor cores for e4m3.

@@ -140,9 +140,7 @@ def test_zeros_bias_and_low_rank_in_two_shares(name, config, dtype):
 
 
 @pytest.mark.parametrize("config", KERNELS, ids=["gemv", "gemm"])
-@pytest.mark.parametrize(
-    ("columns", "groups"), [(100, 1), (576, 1), (36, 1), (192, 2), (320, 10), (1024, 2), (256, 8)]
-)
+@pytest.mark.parametrize(("columns", "groups"), [(100, 1), (576, 1), (36, 1), (192, 2), (320, 10), (1024, 2), (256, 8)])
 def test_groups_and_inputs_that_are_no_multiple_of_a_tile(columns, groups, config):
     for name in ("int4", "int3", "e3m2"):
         if columns // groups % 32 and groups > 1:
@@ -205,7 +203,9 @@ def test_scales_that_no_half_holds(scale, config, dtype):
     subject.scales = subject.scales * scale
     y, (expected, size) = subject.product(x, config), subject.exact(x)
     # The result is a float32, which is subnormal itself for the smallest.
-    assert_near(y, (expected, size + 2.0**-148 / tolerance("int4", config, dtype)), 2 * tolerance("int4", config, dtype))
+    assert_near(
+        y, (expected, size + 2.0**-148 / tolerance("int4", config, dtype)), 2 * tolerance("int4", config, dtype)
+    )
 
 
 @pytest.mark.parametrize("config", KERNELS, ids=["gemv", "gemm"])

@@ -18,7 +18,9 @@ from quantlab_kernels.packing import pack
 
 
 def random_codes(bits: int, rows: int, columns: int) -> torch.Tensor:
-    return torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(columns)).to(torch.uint8)
+    return torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(columns)).to(
+        torch.uint8
+    )
 
 
 @st.composite

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ptx_model import half_value, lop3, prmt, round_half, run  # noqa: E402
-from quantlab_kernels.gpu import decode, ptx  # noqa: E402
-from quantlab_kernels.gpu.formats import E2M3, E3M2, INTEGER, TABLE16, Format, Reading  # noqa: E402
-from quantlab_kernels.gpu.layout import window_width  # noqa: E402
-from quantlab_kernels.planes import to_patterns  # noqa: E402
+from ptx_model import half_value, lop3, prmt, round_half, run
+from quantlab_kernels.gpu import decode, ptx
+from quantlab_kernels.gpu.formats import E2M3, E3M2, INTEGER, TABLE16, Format, Reading
+from quantlab_kernels.gpu.layout import window_width
+from quantlab_kernels.planes import to_patterns
 
-from quantlab.numerics import grid  # noqa: E402
+from quantlab.numerics import grid
 
 HALF, BRAIN = (10, 5), (7, 8)
 

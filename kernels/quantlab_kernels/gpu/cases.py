@@ -9,19 +9,21 @@ from typing import Any
 
 from quantlab_kernels.gpu.configs import TABLES, Config, GemmConfig, GemvConfig, W8A8Config, gemm_configs, gemv_config
 from quantlab_kernels.gpu.formats import E2M3, E3M2, INTEGER, TABLE, TABLE16, Format
-from quantlab_kernels.gpu.gemm import gemm
-from quantlab_kernels.gpu.gemv import gemv, reduce
+from quantlab_kernels.gpu.gemm import gemm, gemm_constants
+from quantlab_kernels.gpu.gemv import gemv, gemv_constants, reduce
 from quantlab_kernels.gpu.layout import lane_width, lane_words
-from quantlab_kernels.gpu.matmul import REDUCE_ROWS, gemm_constants, gemv_constants
+from quantlab_kernels.gpu.matmul import REDUCE_ROWS
 from quantlab_kernels.gpu.offline import Compiled, compile_for, is_tensor_core
 from quantlab_kernels.gpu.w8a8 import gemm_w8a8, multiplies_e4m3, w8a8_constants
 from quantlab_kernels.gpu.weight import Kind
 
 FORMATS = (
-    *(Format(bits, INTEGER, -(1 << (bits - 1))) for bits in range(2, 9)),
-    *(Format(6, E3M2), Format(6, E2M3)),
-    *(Format(3, TABLE16), Format(4, TABLE16), Format(6, TABLE)),
+    *(Format(bits, INTEGER, -(1 << (bits - 1))) for bits in (2, 3, 4, 8)),
+    *(Format(6, E3M2), Format(6, E2M3), Format(4, TABLE16), Format(6, TABLE)),
 )
+# Made of the same parts in other numbers: compiled where the parts differ most, and nowhere else.
+FURTHER_FORMATS = (*(Format(bits, INTEGER, -(1 << (bits - 1))) for bits in (5, 6, 7)), Format(3, TABLE16))
+_FURTHER_ARCHITECTURES = ("sm_80", "sm_90")
 ARCHITECTURES = tuple(name for name in TABLES if name != "interpreter")
 GROUP = 128
 _COLUMNS = 4096
@@ -192,17 +194,19 @@ class Case:
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """All that is shipped for a class of devices."""
-    for format in FORMATS:
-        for dtype in ("fp16", "bf16"):
+    """What is compiled for a class of devices: every kernel and format that is shipped, with every tile."""
+    for format in (*FORMATS, *(FURTHER_FORMATS if architecture in _FURTHER_ARCHITECTURES else ())):
+        further = format in FURTHER_FORMATS
+        for dtype in ("fp16",) if further else ("fp16", "bf16"):
             yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format))
-            for config in gemm_configs(architecture, format).values():
-                yield Case(architecture, "gemm", format, dtype, config)
-    for bits in (2, 3, 4, 8):
-        format = Format(bits, INTEGER, 0)
-        for dtype in ("fp16", "bf16"):
-            yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format), "zeros")
-            yield Case(architecture, "gemm", format, dtype, gemm_configs(architecture, format)[16], "zeros")
+            for rows, config in gemm_configs(architecture, format).items():
+                # The larger tiles decode as the smallest does: one of the dtypes, and both of four bits.
+                if rows == 16 or (not further and (dtype == "fp16" or (format.decode == INTEGER and format.bits == 4))):
+                    yield Case(architecture, "gemm", format, dtype, config)
+    for dtype in ("fp16", "bf16"):
+        format = Format(4, INTEGER, 0)
+        yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format), "zeros")
+        yield Case(architecture, "gemm", format, dtype, gemm_configs(architecture, format)[16], "zeros")
     format = Format(4, INTEGER, -8)
     yield Case(architecture, "gemv", format, "bf16", gemv_config(architecture, format), "rows")
     yield Case(architecture, "gemm", format, "bf16", gemm_configs(architecture, format)[16], "rows")

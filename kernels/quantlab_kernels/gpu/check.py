@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from quantlab_kernels.gpu.cases import ARCHITECTURES, Case, cases, issued
-from quantlab_kernels.gpu.formats import E3M2, INTEGER, TABLE16
 from quantlab_kernels.gpu.offline import SHARED_LIMIT, Compiled
 
 TABLE = Path(__file__).parents[2] / "verified.json"
@@ -25,6 +24,19 @@ REMEDY = "run `python -m quantlab_kernels.gpu.check --write` and look at the dif
 
 # Kernels that memory should bound and that issue more instructions than there is time for: (class, kernel, format).
 OVER_BUDGET: frozenset[tuple[str, str, str]] = frozenset()
+
+_SPECIAL = {
+    *(("gemv", "integer4", "bf16", ""), ("gemm", "integer4", "bf16", "")),
+    *(("gemv", "integer3", "fp16", ""), ("gemm", "integer8", "fp16", "")),
+    *(("gemv", "e3m2", "fp16", ""), ("gemm", "e2m3", "bf16", "")),
+    *(("gemv", "table16-4", "fp16", ""), ("gemm", "table16-4", "bf16", ""), ("gemv", "table-6", "bf16", "")),
+    *(
+        ("gemv", "integer4", "fp16", "zeros"),
+        ("gemm", "integer4", "bf16", "zeros"),
+        ("gemv", "integer4", "bf16", "rank"),
+    ),
+    *(("w8a8", "", "int8", ""), ("w8a8", "", "fp8e4nv", "")),
+}
 
 Figures = dict[str, Any]
 
@@ -80,19 +92,16 @@ def sources() -> str:
 
 
 def representative() -> list[Case]:
-    """A few cases that stand for the others: four bits everywhere, and each kind of decode somewhere."""
+    """A few cases that stand for the others: four bits for every class of devices, and what is special on an H100."""
     chosen = []
     for architecture in ARCHITECTURES:
         seen = set()
         for case in cases(architecture):
-            four = case.format is not None and case.format.bits == 4 and case.format.decode == INTEGER
-            first = (case.kernel, case.variant, case.format and case.format.decode) not in seen
-            elsewhere = (architecture == "sm_90" and case.format is not None and case.format.bits in (3, 6)) or (
-                architecture == "sm_80" and case.format is not None and case.format.decode in (TABLE16, E3M2)
-            )
-            if first and (four or elsewhere or case.kernel == "w8a8") and case.variant in ("", "zeros"):
-                seen.add((case.kernel, case.variant, case.format and case.format.decode))
+            kind = (case.kernel, case.format.name if case.format else "", case.dtype, case.variant)
+            everywhere = kind in (("gemv", "integer4", "fp16", ""), ("gemm", "integer4", "fp16", ""))
+            if kind not in seen and (everywhere or (architecture == "sm_90" and kind in _SPECIAL)):
                 chosen.append(case)
+            seen.add(kind)  # of several tiles, the first
     return chosen
 
 
@@ -142,8 +151,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{case.name} {problem}", flush=True)
         print(f"\r{number + 1} of {len(chosen)}", end="", file=sys.stderr, flush=True)
     if options.write:
+        now = read() if TABLE.exists() else kept  # another process may have written other architectures meanwhile
         others = {
-            name: found for name, found in kept["cases"].items() if same and name.split("/")[0] not in options.only
+            name: found
+            for name, found in now["cases"].items()
+            if now["triton"] == triton.__version__ and name.split("/")[0] not in options.only
         }
         table = {"triton": triton.__version__, "sources": sources(), "cases": {**others, **new}}
         TABLE.write_text(_layout(table), encoding="utf-8")

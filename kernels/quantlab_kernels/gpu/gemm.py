@@ -9,10 +9,14 @@ becomes 1 to 2), which the sums are multiplied with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from quantlab_kernels.gpu.configs import GemmConfig
 from quantlab_kernels.gpu.decode import load, load_table, load_words, weights, window
+from quantlab_kernels.gpu.weight import Kind
 
 
 @triton.jit
@@ -87,3 +91,18 @@ def gemm(
     y_ptr += split.to(tl.int64) * split_stride
     at = m.to(tl.int64)[None, :] * y_stride + n[:, None]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(n < out_features)[:, None] & (m < rows)[None, :])
+
+
+def gemm_constants(
+    kind: Kind, config: GemmConfig, full: bool, bias: bool, asm: bool, upcast: bool = False
+) -> dict[str, Any]:
+    """The ``tl.constexpr`` arguments of :func:`gemm`."""
+    return kind.constants() | {
+        "ASM": asm,
+        "UPCAST": upcast,
+        "FULL": full,
+        "BIAS": bias,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BL": config.lanes(kind.format.bits),
+    }

@@ -10,10 +10,15 @@ factor meets their sums in :func:`reduce`, so the activations are read once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from quantlab_kernels.gpu.configs import GemvConfig
 from quantlab_kernels.gpu.decode import input_factor, load, load_table, load_words, values, window
+from quantlab_kernels.gpu.formats import INTEGER, TABLE16
+from quantlab_kernels.gpu.weight import Kind
 
 
 @triton.jit
@@ -201,3 +206,19 @@ def reduce(
     if BIAS:
         y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)
     tl.store(y_ptr + m.to(tl.int64) * y_stride + n, y.to(y_ptr.dtype.element_ty), mask=live)
+
+
+def gemv_constants(
+    kind: Kind, half: bool, rank: int, rows: int, config: GemvConfig, full: bool, asm: bool
+) -> dict[str, Any]:
+    """The ``tl.constexpr`` arguments of :func:`gemv`; ``half``: for float16 activations."""
+    return kind.constants() | {
+        "SCALED": half,
+        "ASM": asm,
+        "FOLD": half and kind.format.decode in (INTEGER, TABLE16),
+        "FULL": full,
+        "RANK": rank,
+        "ROWS": rows,
+        "BN": config.block_rows,
+        "BL": config.block_lanes,
+    }

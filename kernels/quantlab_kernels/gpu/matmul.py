@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 
 from quantlab_kernels.gpu.configs import Config, GemmConfig, GemvConfig, device_of, shares
-from quantlab_kernels.gpu.formats import INTEGER, TABLE16
-from quantlab_kernels.gpu.gemm import gemm
-from quantlab_kernels.gpu.gemv import gemv, reduce
+from quantlab_kernels.gpu.gemm import gemm, gemm_constants
+from quantlab_kernels.gpu.gemv import gemv, gemv_constants, reduce
 from quantlab_kernels.gpu.tune import best
-from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, Kind, prepare
+from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, prepare
 
 MAGIC = 0x4B000000  # 2^23 as a float32
 REDUCE_ROWS = 256
@@ -54,16 +53,31 @@ def linear(
     Raises:
         ValueError: the kernels have no layout for this weight, or ``x`` is not of 16 bits.
     """
+    given = (scales, zeros, table, bias, *(low_rank or ()))
+    version = 0 if codes.is_inference() else codes._version
+    kept = _kept.get(id(codes))
+    if kept is None or kept.codes() is not codes or kept.version != version:
+        words = None
+    elif len(kept.given) == len(given) and all(a is b for a, b in zip(kept.given, given, strict=True)):
+        return product(x, kept.weight)
+    else:
+        words = kept.weight.words
+    weight = prepare(codes, scales, zeros, table, bits, offset, x.shape[-1], bias, low_rank, words=words)
     key = id(codes)
-    weight = _prepared.get(key)
-    if weight is None or weight[0]() is not codes or weight[1] != codes._version:
-        ready = prepare(codes, scales, zeros, table, bits, offset, x.shape[-1], bias, low_rank)
-        weight = weakref.ref(codes, lambda _: _prepared.pop(key, None)), codes._version, ready
-        _prepared[key] = weight
-    return product(x, weight[2])
+    _kept[key] = _Kept(weakref.ref(codes, lambda _: _kept.pop(key, None)), version, given, weight)
+    return product(x, weight)
 
 
-_prepared: dict[int, tuple[weakref.ref[torch.Tensor], int, GpuWeight]] = {}
+class _Kept(NamedTuple):
+    """A weight that was prepared, and of what: the codes in which version, and the other tensors."""
+
+    codes: weakref.ref[torch.Tensor]
+    version: int
+    given: tuple[torch.Tensor | None, ...]
+    weight: GpuWeight
+
+
+_kept: dict[int, _Kept] = {}
 
 
 def product(
@@ -134,22 +148,6 @@ def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfi
     _reduce(partial, weight, y, partial[:, :, weight.out_features :], left)
 
 
-def gemv_constants(
-    kind: Kind, half: bool, rank: int, rows: int, config: GemvConfig, full: bool, asm: bool
-) -> dict[str, Any]:
-    """The ``tl.constexpr`` arguments of :func:`~quantlab_kernels.gpu.gemv.gemv`; ``half``: for float16 activations."""
-    return kind.constants() | {
-        "SCALED": half,
-        "ASM": asm,
-        "FOLD": half and kind.format.decode in (INTEGER, TABLE16),
-        "FULL": full,
-        "RANK": rank,
-        "ROWS": rows,
-        "BN": config.block_rows,
-        "BL": config.block_lanes,
-    }
-
-
 def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfig, splits: int) -> None:
     device = device_of(x.device)
     chunk, splits, full = _share(weight, config.lanes(weight.kind.format.bits), splits)
@@ -171,21 +169,6 @@ def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfi
         left, right = weight.factors(x.dtype) if weight.rank else (x, x)
         hidden = (x @ right.T).float()[None] if weight.rank else sums
         _reduce(sums, weight, y, hidden, left)
-
-
-def gemm_constants(
-    kind: Kind, config: GemmConfig, full: bool, bias: bool, asm: bool, upcast: bool = False
-) -> dict[str, Any]:
-    """The ``tl.constexpr`` arguments of :func:`~quantlab_kernels.gpu.gemm.gemm`."""
-    return kind.constants() | {
-        "ASM": asm,
-        "UPCAST": upcast,
-        "FULL": full,
-        "BIAS": bias,
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "BL": config.lanes(kind.format.bits),
-    }
 
 
 def _reduce(

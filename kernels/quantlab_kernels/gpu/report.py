@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quantlab_kernels.gpu.cases import ARCHITECTURES, FORMATS, GROUP, PEAKS, Case, cases
+from quantlab_kernels.gpu.cases import ARCHITECTURES, FORMATS, FURTHER_FORMATS, GROUP, PEAKS, Case, cases
 from quantlab_kernels.gpu.check import Figures, over_budget, read
 
 PAGE = Path(__file__).parents[3] / "docs" / "kernels-gpu.md"
@@ -59,9 +59,14 @@ def _per_weight(found: list[tuple[Case, Figures]], kernel: str) -> str:
         if case.kernel == kernel and case.budget is not None and case.format is not None and not case.variant:
             cells.setdefault((case.format.name, case.architecture), {})[case.dtype] = figure(case, figures)
     rows = []
-    for format in FORMATS:
+    for format in sorted((*FORMATS, *FURTHER_FORMATS), key=lambda format: (format.decode, format.bits)):
         entries = [cells.get((format.name, name), {}) for name in ARCHITECTURES]
-        rows.append([format.name, *(" / ".join(entry.get(d, "-") for d in ("fp16", "bf16")) for entry in entries)])
+        rows.append(
+            [
+                format.name,
+                *(" / ".join(entry[dtype] for dtype in ("fp16", "bf16") if dtype in entry) for entry in entries),
+            ]
+        )
     return _table(["format", *ARCHITECTURES], rows)
 
 

@@ -141,28 +141,40 @@ def prepare(
     columns: int,
     bias: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    words: torch.Tensor | None = None,
 ) -> GpuWeight:
     """A weight as the kernels read it; arguments as in :func:`quantlab_kernels.gpu.matmul.linear`.
 
     Codes are re-ordered, in blocks of rows, so that at no moment is there more than a little of them unpacked. Nothing
     is dequantized.
 
+    Args:
+        words: the codes in the kernels' order, if they are known already.
+
     Raises:
         ValueError: the kernels have no layout for it: codes of one bit, or groups that are no multiple of a lane.
     """
     format = Format.of(bits, table, offset)
     kind = Kind.of(format, columns, scales.shape[1], zeros is not None)
+    words = _reordered(codes, kind) if words is None else words
     rows = codes.shape[0]
-    words = torch.empty(rows, *kind.layout.shape, dtype=torch.int32, device=codes.device)
-    step = max(1, _BLOCK // max(columns, 1))
-    for first in range(0, rows, step):
-        block = codes[first : first + step]
-        if format.decode in _PATTERNS:
-            block = pack(to_patterns(unpack(block, bits, columns), *_PATTERNS[format.decode]), bits)
-        words[first : first + step] = to_gpu_layout(block, kind.layout)
     scales = scales.expand(rows, -1).contiguous()
     zeros = None if zeros is None else zeros.expand(rows, -1).contiguous()
     return GpuWeight(kind, words, scales, zeros, table, _powers(scales, zeros, table), bias, low_rank)
+
+
+def _reordered(codes: torch.Tensor, kind: Kind) -> torch.Tensor:
+    format, layout = kind.format, kind.layout
+    words = torch.empty(len(codes), *layout.shape, dtype=torch.int32, device=codes.device)
+    step = max(1, _BLOCK // max(layout.columns, 1))
+    for first in range(0, len(codes), step):
+        block = codes[first : first + step]
+        if format.decode in _PATTERNS:
+            patterns = to_patterns(unpack(block, format.bits, layout.columns), *_PATTERNS[format.decode])
+            block = pack(patterns, format.bits)
+        words[first : first + step] = to_gpu_layout(block, layout)
+    return words
 
 
 # Weights that are unpacked at a time: 8 bytes each for a moment.

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
-
 import pytest
 import torch
 from quantlab_kernels.gpu import matmul, w8a8
@@ -21,6 +19,8 @@ from quantlab_kernels.packing import pack
 from quantlab_kernels.reference import quantized_linear
 
 from quantlab.numerics import grid
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
 
 GEMV = GemvConfig(32, 128)
 GEMM = GemmConfig(16, 32, 128, 1, 1)
@@ -62,8 +62,8 @@ class Layer:
 
     def product(self, x: torch.Tensor, config, splits: int = 1, dtype=torch.float32) -> torch.Tensor:
         weight = prepare(
-            pack(self.codes, self.bits), self.scales, self.zeros, self.table, self.bits, self.offset, self.codes.shape[1],
-            self.bias, self.low_rank,
+            pack(self.codes, self.bits), self.scales, self.zeros, self.table, self.bits, self.offset,
+            self.codes.shape[1], self.bias, self.low_rank,
         )  # fmt: skip
         return matmul.product(x, weight, config=config, splits=splits, dtype=dtype)
 
@@ -186,7 +186,7 @@ def test_one_huge_activation(name, config, dtype, huge):
     x[0, 77] = huge
     y, (expected, size) = subject.product(x, config), subject.exact(x)
     of_size = tolerance(name, config, dtype)
-    # Offsets are subtracted from sums, so float32 sums hold the huge one times the largest entry, whatever its weight is.
+    # Offsets are subtracted from sums, so float32 sums hold the huge one times the largest entry, whatever its weight.
     passing = huge * float(subject.table.abs().max()) * subject.scales.double().amax(1)
     # (And of a table in registers, an entry near zero is off by a share of the largest.)
     share = 2.0**-15 if name == "nf4" else 2.0**-22
@@ -233,14 +233,20 @@ def test_the_entry_is_the_reference_and_keeps_what_it_prepared():
     assert y.shape == (2, 3, 24)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=0.1)
-    known = len(matmul._prepared)
+    (kept,) = [kept for kept in matmul._kept.values() if kept.codes() is codes]
     matmul.linear(x, *arguments, subject.offset, subject.bias, subject.low_rank)
-    assert len(matmul._prepared) == known
+    assert matmul._kept[id(codes)] is kept
+    # Other scales, the same codes: the order is kept, the rest is not.
+    doubled = matmul.linear(x, codes, subject.scales * 2, *arguments[2:], subject.offset)
+    expected = quantized_linear(x, codes, subject.scales * 2, *arguments[2:])
+    torch.testing.assert_close(doubled, expected, rtol=2e-3, atol=0.1)
+    assert matmul._kept[id(codes)].weight.words is kept.weight.words
     codes += 1  # changed in place: prepared anew
     changed = matmul.linear(x, *arguments, subject.offset, subject.bias, subject.low_rank)
     assert not torch.equal(changed, y)
+    key = id(codes)
     del codes, arguments
-    assert len(matmul._prepared) < known
+    assert key not in matmul._kept
 
 
 def test_strided_and_empty_activations():

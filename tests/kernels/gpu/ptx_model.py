@@ -1,4 +1,4 @@
-"""A model of the PTX that the inline-asm decodes use, written from the PTX ISA manual. Half arithmetic is exact fractions."""
+"""A model of the PTX that the inline-asm decodes use, written from the PTX ISA manual; halves are exact fractions."""
 
 from __future__ import annotations
 

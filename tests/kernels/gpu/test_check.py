@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import pytest
@@ -125,8 +124,7 @@ def test_no_tensor_core_where_one_is_claimed_is_a_fault():
     compiled = offline.compile_for(
         _plain, "sm_90", {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"N": 128}, ("x_ptr", "y_ptr"), num_warps=1
     )
-    case = Case("sm_90", "w8a8", None, "int8", next(iter(cases("sm_90"))).config)
-    case = dataclasses.replace(case, config=[c for c in cases("sm_90") if c.kernel == "w8a8"][0].config)
+    case = next(case for case in cases("sm_90") if case.kernel == "w8a8")
     assert check.faults(case, compiled) == ["uses no tensor core, not IGMMA"]
     assert compiled.tensor_core == ""
     assert compiled.wide_loads == 1
@@ -160,7 +158,13 @@ def test_comments_do_not_change_the_hash_of_the_sources(tmp_path, monkeypatch):
 # --- reading machine code ---
 
 
-@pytest.mark.parametrize("name", ["HMMA.16816.F32", "HGMMA.64x16x16.F32", "IMMA.16832.S8.S8", "IGMMA.64", "QMMA.16832", "QGMMA", "UTCHMMA.gdesc", "UTCQMMA", "v_mfma_f32_32x32x8_f16"])  # fmt: skip
+TENSOR_CORES = [
+    *("HMMA.16816.F32", "HGMMA.64x16x16.F32", "IMMA.16832.S8.S8", "IGMMA.64", "QMMA.16832", "QGMMA"),
+    *("UTCHMMA.gdesc", "UTCQMMA", "v_mfma_f32_32x32x8_f16"),
+]
+
+
+@pytest.mark.parametrize("name", TENSOR_CORES)
 def test_tensor_core_instructions(name):
     assert is_tensor_core(name)
 
@@ -176,7 +180,8 @@ def test_loads_of_128_bits():
 
 
 def test_the_innermost_loop_by_labels_and_by_addresses():
-    by_label = ["\tMOV R1", "LBB0:", "\tFADD R2", "LBB1:", "\tFMUL R3", "\tFFMA R3", "\t@P0 BRA LBB1;", "\t@P1 BRA LBB0;", "LBB2:", "\tBRA LBB2;"]  # fmt: skip
+    by_label = ["	MOV R1", "LBB0:", "	FADD R2", "LBB1:", "	FMUL R3", "	FFMA R3", "	@P0 BRA LBB1;"]
+    by_label += ["	@P1 BRA LBB0;", "LBB2:", "	BRA LBB2;"]
     assert offline.innermost_loop(by_label, offline._LABEL, offline._BRANCH) == by_label[3:7]
     by_address = ["\tMOV R1", "\tFADD R2", "\tFMUL R3", "\tFFMA R3", "\tBRA.U !UP0, 0x20;", "\tEXIT", "\tBRA 0x60;"]
     assert offline.innermost_loop(by_address, offline._LABEL, offline._BRANCH) == by_address[2:5]

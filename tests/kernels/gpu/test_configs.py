@@ -42,8 +42,11 @@ def test_one_row_is_a_gemv_and_more_are_a_gemm():
 
 @pytest.mark.parametrize(
     ("architecture", "like"),
-    [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_89"), ("sm_103", "sm_100"), ("sm_121", "sm_120"), ("gfx950", "gfx942"), ("sm_75", "sm_80")],
-)  # fmt: skip
+    [
+        *(("sm_75", "sm_80"), ("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_89"), ("sm_103", "sm_100")),
+        *(("sm_121", "sm_120"), ("gfx950", "gfx942")),
+    ],
+)
 def test_a_device_that_is_not_in_the_tables_uses_the_newest_before_it(architecture, like):
     assert table_for(architecture) is TABLES[like]
 
@@ -108,18 +111,20 @@ def test_without_a_file_the_static_choice_stands(file):
 
 def test_the_fastest_is_kept_and_found_again(file):
     ran = []
+
     # The clock is the call itself: a candidate takes as long as it says.
-    found = tune.tune(
-        torch.zeros(1, 4096), weight(), lambda config, splits: (type(config) is GemvConfig) * 10 + abs(splits - 2), H100,
-        time=lambda call: ran.append(call()) or float(ran[-1]),
-    )  # fmt: skip
+    def run(config, splits):
+        return (type(config) is GemvConfig) * 10 + abs(splits - 2)
+
+    found = tune.tune(torch.zeros(1, 4096), weight(), run, H100, time=lambda call: ran.append(call()) or float(ran[-1]))
     assert found == (candidates("sm_90", INT4, 1)[1], 2)
     assert len(ran) >= 8
     (name,) = json.loads(file.read_text())
     assert name == "sm_90/132/integer4/64x4096u128/1"
     assert tune.best(H100, INT4, SMALL, 64, 1) == found
     assert tune.best(H100, INT4, SMALL, 64, 2) == choose(H100, INT4, SMALL, 64, 2)
-    assert tune.best(Device("sm_90", 114), INT4, SMALL, 64, 1) == choose(Device("sm_90", 114), INT4, SMALL, 64, 1)
+    other = Device("sm_90", 114)
+    assert tune.best(other, INT4, SMALL, 64, 1) == choose(other, INT4, SMALL, 64, 1)
 
 
 def test_more_entries_stand_beside_each_other(file):

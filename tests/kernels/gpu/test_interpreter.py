@@ -1,4 +1,4 @@
-"""Runs ``interpreted.py`` with ``TRITON_INTERPRET=1``, which must be set before Triton is imported: in a new process."""
+"""Runs ``interpreted.py`` in a new process, with ``TRITON_INTERPRET=1`` set before Triton is imported."""
 
 from __future__ import annotations
 

@@ -28,7 +28,10 @@ ARCHITECTURES = tuple(name for name in TABLES if name != "interpreter")
 GROUP = 128
 _COLUMNS = 4096
 # What the launcher does not promise to be a multiple of 16.
-_FREE = {"out_features", "rows", "groups", "blocks", "outputs", "hidden_outputs", "y_stride", "magic", "factor", "fold"}
+_FREE = {
+    *("out_features", "rows", "groups", "blocks", "outputs", "hidden_outputs", "y_stride", "quads", "chunk", "magic"),
+    *("factor", "fold"),
+}
 
 
 @dataclass(frozen=True)

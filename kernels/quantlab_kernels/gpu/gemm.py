@@ -19,10 +19,10 @@ from quantlab_kernels.gpu.decode import load, load_table, load_words, weights, w
 from quantlab_kernels.gpu.weight import Kind
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["magic"])
 def gemm(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, powers_ptr, bias_ptr, y_ptr,
-    rows, columns, out_features, lanes, row_words, groups, x_stride, y_stride, split_stride, chunk, magic, factor,
+    rows, columns, out_features, quads, groups, x_stride, y_stride, split_stride, chunk, magic, factor,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
@@ -36,7 +36,8 @@ def gemm(
         scales_ptr: ``[out_features, groups]``; zeros_ptr likewise, read if ``ZEROS``.
         powers_ptr: float32 ``[2, out_features]``: what the scales of a row are multiplied with, and what its sums are.
         y_ptr: ``[rows, out_features]``, of any float dtype; shares are ``split_stride`` apart.
-        chunk: lanes of a share.
+        quads: lanes in fours, so that the compiler knows of every row that it begins where a 128-bit load may.
+        chunk: likewise, of a share.
         factor: of what is read out of codes, see :class:`quantlab_kernels.gpu.formats.Reading`.
         GROUP_UNITS: units that have one scale; 0 if a whole row has one.
         UPCAST: multiply in float32, for the interpreter, which can't in bfloat16.
@@ -44,18 +45,19 @@ def gemm(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PAIRS: tl.constexpr = 16 // WIDTH
     split = tl.program_id(2)
+    lanes, share = quads * 4, chunk * 4
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     own = tl.minimum(n, out_features - 1)
     own_x = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride
-    own_words = words_ptr + own.to(tl.int64)[:, None] * row_words
+    own_words = words_ptr + own.to(tl.int64)[:, None] * (WORDS * lanes)
     table = load_table(table_ptr, magic, DECODE, ASM)
     if GROUP_UNITS:
         down = tl.load(powers_ptr + own)[:, None]
     elif ZEROS:
         row_zero = (tl.load(zeros_ptr + own).to(tl.float32) / factor).to(DTYPE)[:, None]
     sums = tl.zeros([BN, BM], tl.float32)
-    for lane0 in range(split * chunk, tl.minimum(split * chunk + chunk, lanes), BL):
+    for lane0 in range(split * share, tl.minimum(split * share + share, lanes), BL):
         lane = lane0 + tl.arange(0, BL)
         words = load_words(own_words + lane[None, :], None if FULL else (lane < lanes)[None, :], lanes, WORDS)
         scale, zero = 0.0, 0.0

@@ -21,11 +21,10 @@ from quantlab_kernels.gpu.formats import INTEGER, TABLE16
 from quantlab_kernels.gpu.weight import Kind
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["magic"])
 def gemv(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, right_ptr, partial_ptr,
-    columns, out_features, lanes, row_words, groups, x_stride, chunk, right_columns, blocks, outputs, magic, factor,
-    fold,
+    columns, out_features, quads, groups, x_stride, chunk, right_columns, blocks, outputs, magic, factor, fold,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
@@ -38,8 +37,8 @@ def gemv(
         words_ptr: int32 ``[out_features, WORDS, lanes]``, see :mod:`quantlab_kernels.gpu.layout`.
         scales_ptr: ``[out_features, groups]``; zeros_ptr likewise, read if ``ZEROS``.
         right_ptr: ``[RANK, right_columns]`` in the dtype of ``x``, read if ``RANK``.
-        row_words: words of a row of weights, ``WORDS * lanes``.
-        chunk: lanes of a program's share.
+        quads: lanes in fours, so that the compiler knows of every row that it begins where a 128-bit load may.
+        chunk: likewise, of a program's share.
         blocks: programs along the rows of weights; those from there on have rows of ``right``.
         outputs: ``out_features + RANK``.
         factor, fold: see :class:`quantlab_kernels.gpu.formats.Reading`.
@@ -49,25 +48,25 @@ def gemv(
     """
     block, split = tl.program_id(0), tl.program_id(1)
     partial_ptr += split * ROWS * outputs
+    lanes, share = quads * 4, chunk * 4
     if block < blocks:
         _rows_of_codes(
             x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, partial_ptr,
-            columns, out_features, lanes, row_words, groups, x_stride, block * BN, split * chunk, chunk, outputs,
+            columns, out_features, lanes, groups, x_stride, block * BN, split * share, share, outputs,
             magic, factor, fold, BITS, WIDTH, LANE, WORDS, PARTS, DECODE, OFFSET, SCALED, ASM,
             UNIT_LANES, GROUP_UNITS, ZEROS, FOLD, FULL, ROWS, BN, BL,
         )  # fmt: skip
     elif RANK:
         _rows_of_right(
             x_ptr, right_ptr, partial_ptr + out_features, x_stride, right_columns, (block - blocks) * BN,
-            split * chunk * LANE, tl.minimum(columns, (split + 1) * chunk * LANE), outputs, RANK, ROWS, BN,
+            split * share * LANE, tl.minimum(columns, (split + 1) * share * LANE), outputs, RANK, ROWS, BN,
         )  # fmt: skip
 
 
 @triton.jit
 def _rows_of_codes(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, partial_ptr,
-    columns, out_features, lanes, row_words, groups, x_stride, first_row, first_lane, chunk, outputs, magic, factor,
-    fold,
+    columns, out_features, lanes, groups, x_stride, first_row, first_lane, share, outputs, magic, factor, fold,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
@@ -79,14 +78,14 @@ def _rows_of_codes(
     PAIRS: tl.constexpr = 16 // WIDTH
     row = first_row + tl.arange(0, BN)
     own = tl.minimum(row, out_features - 1)
-    own_words = words_ptr + own.to(tl.int64)[:, None] * row_words
+    own_words = words_ptr + own.to(tl.int64)[:, None] * (WORDS * lanes)
     table = load_table(table_ptr, magic, DECODE, ASM)
     sums = ()
     inputs = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros([BN, SUMS], tl.float32),)
         inputs += (tl.zeros([SUMS], tl.float32),)
-    for lane0 in range(first_lane, tl.minimum(first_lane + chunk, lanes), BL):
+    for lane0 in range(first_lane, tl.minimum(first_lane + share, lanes), BL):
         lane = lane0 + tl.arange(0, BL)
         words = load_words(own_words + lane[None, :], None if FULL else (lane < lanes)[None, :], lanes, WORDS)
         element = lane0 * 2 + tl.arange(0, 2 * BL)

@@ -140,8 +140,8 @@ def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfi
     partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
     gemv[(blocks + triton.cdiv(weight.rank, config.block_rows), splits)](
         x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, right, partial,
-        weight.columns, weight.out_features, weight.kind.layout.lanes, weight.words.stride(0), weight.scales.shape[1],
-        x.stride(0), chunk, right.stride(0), blocks, outputs, MAGIC, reading.factor, reading.fold,
+        weight.columns, weight.out_features, weight.kind.layout.lanes // 4, weight.scales.shape[1],
+        x.stride(0), chunk // 4, right.stride(0), blocks, outputs, MAGIC, reading.factor, reading.fold,
         **gemv_constants(weight.kind, x.dtype == torch.float16, weight.rank, rows, config, full, asm),
         num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
@@ -159,8 +159,8 @@ def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfi
     gemm[grid](
         x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, weight.powers,
         weight.powers if weight.bias is None else weight.bias, sums,
-        len(x), weight.columns, weight.out_features, weight.kind.layout.lanes, weight.words.stride(0),
-        weight.scales.shape[1], x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk, MAGIC,
+        len(x), weight.columns, weight.out_features, weight.kind.layout.lanes // 4, weight.scales.shape[1],
+        x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk // 4, MAGIC,
         reading.factor,
         **gemm_constants(weight.kind, config, full, whole and weight.bias is not None, asm, _INTERPRETED),
         num_warps=config.warps, num_stages=config.depth(weight.kind.format.bits), enable_fp_fusion=True,

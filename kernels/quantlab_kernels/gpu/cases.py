@@ -21,9 +21,11 @@ FORMATS = (
     *(Format(bits, INTEGER, -(1 << (bits - 1))) for bits in (2, 3, 4, 8)),
     *(Format(6, E3M2), Format(6, E2M3), Format(4, TABLE16), Format(6, TABLE)),
 )
-# Made of the same parts in other numbers: compiled where the parts differ most, and nowhere else.
+# Made of the same parts in other numbers: compiled for one class of devices.
 FURTHER_FORMATS = (*(Format(bits, INTEGER, -(1 << (bits - 1))) for bits in (5, 6, 7)), Format(3, TABLE16))
-_FURTHER_ARCHITECTURES = ("sm_80", "sm_90")
+_FURTHER = "sm_90"
+# With the instructions and the tiles of sm_80: bfloat16 of four bits alone.
+_LIKE_SM_80 = ("sm_89", "sm_120")
 ARCHITECTURES = tuple(name for name in TABLES if name != "interpreter")
 GROUP = 128
 _COLUMNS = 4096
@@ -198,13 +200,14 @@ class Case:
 
 def cases(architecture: str) -> Iterator[Case]:
     """What is compiled for a class of devices: every kernel and format that is shipped, with every tile."""
-    for format in (*FORMATS, *(FURTHER_FORMATS if architecture in _FURTHER_ARCHITECTURES else ())):
-        further = format in FURTHER_FORMATS
-        for dtype in ("fp16",) if further else ("fp16", "bf16"):
+    for format in (*FORMATS, *(FURTHER_FORMATS if architecture == _FURTHER else ())):
+        four = format == Format(4, INTEGER, -8)
+        half_only = format in FURTHER_FORMATS or (architecture in _LIKE_SM_80 and not four)
+        for dtype in ("fp16",) if half_only else ("fp16", "bf16"):
             yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format))
             for rows, config in gemm_configs(architecture, format).items():
                 # The larger tiles decode as the smallest does: one of the dtypes, and both of four bits.
-                if rows == 16 or (not further and (dtype == "fp16" or (format.decode == INTEGER and format.bits == 4))):
+                if rows == 16 or four or (dtype == "fp16" and format in FORMATS):
                     yield Case(architecture, "gemm", format, dtype, config)
     for dtype in ("fp16", "bf16"):
         format = Format(4, INTEGER, 0)

@@ -30,7 +30,7 @@ def gemv(
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
     FULL: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of ``x @ W.T``: float32 ``[splits, ROWS, outputs]``.
+    """Partial sums of ``x @ W.T``: float32 ``[splits, ROWS, outputs]``, or of one share in any dtype: the product.
 
     Args:
         x_ptr: float16 or bfloat16 ``[ROWS, columns]``, rows ``x_stride`` apart.
@@ -143,7 +143,7 @@ def _rows_of_codes(
             elif FOLD:
                 y -= fold * tl.sum(inputs[m], 0)
             y *= tl.load(scales_ptr + own).to(tl.float32)
-        tl.store(partial_ptr + m * outputs + row, y, mask=row < out_features)
+        tl.store(partial_ptr + m * outputs + row, y.to(partial_ptr.dtype.element_ty), mask=row < out_features)
 
 
 @triton.jit

@@ -11,11 +11,12 @@ import triton
 from quantlab_kernels.gpu.configs import Config, GemmConfig, GemvConfig, device_of, shares
 from quantlab_kernels.gpu.gemm import gemm, gemm_constants
 from quantlab_kernels.gpu.gemv import gemv, gemv_constants, reduce
-from quantlab_kernels.gpu.tune import best
+from quantlab_kernels.gpu.tune import best, tune
 from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, prepare
 
 MAGIC = 0x4B000000  # 2^23 as a float32
 REDUCE_ROWS = 256
+_REDUCE_FACTOR = 8192  # numbers of the low-rank term's factor that a program of four warps holds
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -113,11 +114,22 @@ def product(
         if config is None:
             config, splits = best(device, weight.kind.format, layout, weight.out_features, len(rows))
         splits = splits or shares(device, config, layout, weight.out_features, len(rows))
-        if isinstance(config, GemvConfig):
-            _gemv(rows, weight, y, config, splits)
-        else:
-            _gemm(rows, weight, y, config, splits)
+        with torch.cuda.device_of(rows):  # Triton launches on the current device
+            if isinstance(config, GemvConfig):
+                _gemv(rows, weight, y, config, splits)
+            else:
+                _gemm(rows, weight, y, config, splits)
     return y.view(*x.shape[:-1], weight.out_features)
+
+
+def tune_product(x: torch.Tensor, weight: GpuWeight) -> tuple[Config, int]:
+    """Time the configs for activations like ``x`` and use the fastest from now on: ``quantlab_kernels.gpu.tune``."""
+    rows = x.reshape(-1, weight.columns)
+
+    def run(config: Config, splits: int) -> torch.Tensor:
+        return product(rows, weight, config=config, splits=splits)
+
+    return tune(rows, weight, run, device_of(x.device))
 
 
 def _share(weight: GpuWeight, block_lanes: int, splits: int) -> tuple[int, int, bool]:
@@ -137,7 +149,8 @@ def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfi
     left, right = weight.factors(x.dtype) if weight.rank else (x, x)
     rows, outputs = len(x), weight.out_features + weight.rank
     blocks = triton.cdiv(weight.out_features, config.block_rows)
-    partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
+    whole = splits == 1 and not weight.rank and weight.bias is None
+    partial = y[None] if whole else torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
     gemv[(blocks + triton.cdiv(weight.rank, config.block_rows), splits)](
         x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, right, partial,
         weight.columns, weight.out_features, weight.kind.layout.lanes // 4, weight.scales.shape[1],
@@ -145,7 +158,8 @@ def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfi
         **gemv_constants(weight.kind, x.dtype == torch.float16, weight.rank, rows, config, full, asm),
         num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    _reduce(partial, weight, y, partial[:, :, weight.out_features :], left)
+    if not whole:
+        _reduce(partial, weight, y, partial[:, :, weight.out_features :], left)
 
 
 def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfig, splits: int) -> None:
@@ -174,11 +188,12 @@ def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfi
 def _reduce(
     partial: torch.Tensor, weight: GpuWeight, y: torch.Tensor, hidden: torch.Tensor, left: torch.Tensor
 ) -> None:
-    rank = weight.rank
-    reduce[(triton.cdiv(weight.out_features, REDUCE_ROWS), len(y))](
+    rank, rank_block = weight.rank, triton.next_power_of_2(max(weight.rank, 1))
+    block = max(16, min(REDUCE_ROWS, _REDUCE_FACTOR // rank_block))
+    reduce[(triton.cdiv(weight.out_features, block), len(y))](
         partial, hidden, weight.powers if weight.bias is None else weight.bias, left, y,
         weight.out_features, partial.stride(-2), hidden.stride(-2), len(y), y.stride(0), left.stride(0),
         SPLITS=len(partial), HIDDEN_SPLITS=len(hidden), BIAS=weight.bias is not None,
-        RANK=rank, RANK_BLOCK=triton.next_power_of_2(max(rank, 1)), BN=REDUCE_ROWS,
+        RANK=rank, RANK_BLOCK=rank_block, BN=block,
         num_warps=4,
     )  # fmt: skip

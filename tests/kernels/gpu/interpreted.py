@@ -140,6 +140,12 @@ def test_zeros_bias_and_low_rank_in_two_shares(name, config, dtype):
 
 
 @pytest.mark.parametrize("config", KERNELS, ids=["gemv", "gemm"])
+def test_a_high_rank_and_more_outputs_than_a_program_adds(config):
+    subject, x = layer("int4", 300, rank=67), activations(1, 256, torch.float16)
+    assert_near(subject.product(x, config), subject.exact(x), 3 * HALF_UNIT[torch.float16])
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=["gemv", "gemm"])
 @pytest.mark.parametrize(("columns", "groups"), [(100, 1), (576, 1), (36, 1), (192, 2), (320, 10), (1024, 2), (256, 8)])
 def test_groups_and_inputs_that_are_no_multiple_of_a_tile(columns, groups, config):
     for name in ("int4", "int3", "e3m2"):
@@ -219,6 +225,14 @@ def test_shares_change_nothing_but_the_order_of_a_sum():
     results = [subject.product(x, GEMV, splits=splits) for splits in (1, 2, 4, 4)]
     assert torch.equal(results[2], results[3])
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=2e-4)
+
+
+def test_results_in_the_dtype_of_the_activations():
+    """One share is stored as it comes, several are added first; both are rounded once."""
+    subject, x = layer("int4", 8, 4096, 32), activations(1, 4096, torch.float16)
+    for splits in (1, 4):
+        expected = subject.product(x, GEMV, splits=splits)
+        assert torch.equal(subject.product(x, GEMV, splits=splits, dtype=torch.float16), expected.half())
 
 
 # --- the entry ---

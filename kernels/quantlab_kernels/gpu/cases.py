@@ -94,7 +94,7 @@ class Case:
     @property
     def name(self) -> str:
         """Under which its figures are kept."""
-        tile = "x".join(map(str, astuple(self.config))) if self.config else ""
+        tile = "x".join(str(size) for size in astuple(self.config) if size) if self.config else ""
         parts = (
             self.architecture,
             self.kernel,
@@ -166,7 +166,7 @@ class Case:
         assert isinstance(self.config, GemvConfig)
         rank = 16 if self.variant == "rank" else 0
         constants = gemv_constants(self._kind, self.dtype == "fp16", rank, 1, self.config, True, self._asm)
-        return gemv, self._types(gemv, constants), constants, {"num_warps": 1, "num_stages": 1}
+        return gemv, self._types(gemv, constants), constants, self.config.options
 
     def _gemm(self) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
         assert self.format is not None

@@ -23,10 +23,18 @@ class GemvConfig:
         block_rows: rows of weights of a program.
         block_lanes: lanes of a step: four for each thread of the warp, so that a step is one 128-bit load for each row
             and plane, and activations come where they are needed.
+        registers: that a thread may have. 0 leaves it to the compiler, which for sm_100 would rather spill than take
+            more than 168, though for a program of one warp nothing is gained by fewer.
     """
 
     block_rows: int
     block_lanes: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": 1, "num_stages": 1} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -106,12 +114,13 @@ _W8A8 = {16: W8A8Config(16, 128, 128, 4, 4), 64: W8A8Config(64, 128, 128, 4, 3),
 _WARP_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 0: _WIDE}, _W8A8)
 # Tensor cores that take a whole tile (wgmma, tcgen05) keep the sums out of the way: a tile twice as wide fits.
 _TILE_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 64: _WIDE, 0: GemmConfig(128, 128, 128, 4, 3)}, _W8A8)
+_ALL_REGISTERS = GemvConfig(8, 128, 255), GemvConfig(4, 128, 255)
 
 TABLES = {
     "sm_80": _WARP_TENSOR_CORES,
     "sm_89": _WARP_TENSOR_CORES,
     "sm_90": _TILE_TENSOR_CORES,
-    "sm_100": _TILE_TENSOR_CORES,
+    "sm_100": replace(_TILE_TENSOR_CORES, gemv=_ALL_REGISTERS),
     "sm_120": _WARP_TENSOR_CORES,
     "gfx942": Table(
         (GemvConfig(4, 256), GemvConfig(2, 256)),

@@ -156,7 +156,7 @@ def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfi
         weight.columns, weight.out_features, weight.kind.layout.lanes // 4, weight.scales.shape[1],
         x.stride(0), chunk // 4, right.stride(0), blocks, outputs, MAGIC, reading.factor, reading.fold,
         **gemv_constants(weight.kind, x.dtype == torch.float16, weight.rank, rows, config, full, asm),
-        num_warps=1, num_stages=1, enable_fp_fusion=True,
+        **config.options, enable_fp_fusion=True,
     )  # fmt: skip
     if not whole:
         _reduce(partial, weight, y, partial[:, :, weight.out_features :], left)

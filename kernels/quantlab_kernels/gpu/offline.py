@@ -150,7 +150,7 @@ def _amd_figures(compiled: Any) -> Compiled:
     def figure(name: str) -> int:
         return int(re.search(rf"{name}:?\s+(\d+)", text)[1])  # type: ignore[index]
 
-    # Scalar registers "spill" into lanes of vector registers, which is no memory; where it is, it is in the scratch size.
+    # Scalar registers "spill" into lanes of vector registers, which is no memory; what is, is in the scratch size.
     spilled = figure(r"\.vgpr_spill_count") + figure("ScratchSize")
     return Compiled(
         registers=figure(r"\.vgpr_count"),

@@ -19,9 +19,8 @@ def prmt_text(result: str, entries: int) -> str:
 
     Args:
         result: ``upper``: as the upper half of a float32, its lower bytes the low byte again. ``subnormal``: as the
-            lower
-            half of a float32; the high byte is below 128, so that ``prmt``'s sign extension of it (selectors from 8)
-            is the zero above. ``half``: as a 16-bit number.
+            lower half of a float32; the high byte is below 128, so that ``prmt``'s sign extension of it (selectors
+            from 8) is the zero above. ``half``: as a 16-bit number.
         entries: 16, or 8 where the fourth bit of a code has no meaning.
     """
     table = [f"${9 + i}" for i in range(9)]
@@ -116,7 +115,9 @@ def _twice(half: int) -> str:
 
 @triton.constexpr_function
 def _bits16(value: float, brain: bool) -> int:
-    """The bits of a number as float16 or bfloat16, normal and held exactly."""
+    """The bits of a number as float16 or bfloat16, which is zero or normal, and held exactly."""
+    if value == 0:
+        return 0
     bias, mantissa = (127, 7) if brain else (15, 10)
     sign, value, exponent = (1, -value, 0) if value < 0 else (0, value, 0)
     while value >= 2:

@@ -75,7 +75,7 @@ def _tiles(found: list[tuple[Case, Figures]]) -> str:
     for case, figures in found:
         if case.config is not None:
             kind = case.dtype if case.kernel == "w8a8" else "16-bit"
-            tile = "x".join(str(value) for value in vars(case.config).values())
+            tile = "x".join(str(value) for value in vars(case.config).values() if value)
             groups.setdefault((case.architecture, f"{case.kernel} {kind}", tile), []).append(figures)
     rows = [
         [

@@ -179,7 +179,12 @@ class Case:
         assert isinstance(self.config, W8A8Config)
         constants = w8a8_constants(self.config, self.dtype == "int8", True, False)
         eight = "*i8" if self.dtype == "int8" else f"*{self.dtype}"
-        types = self._types(gemm_w8a8, constants) | {"x_ptr": eight, "w_ptr": eight, "y_ptr": "*bf16"}
+        types = self._types(gemm_w8a8, constants) | {
+            "x_ptr": eight,
+            "w_ptr": eight,
+            "bias_ptr": "*bf16",
+            "y_ptr": "*bf16",
+        }
         return gemm_w8a8, types, constants, {"num_warps": self.config.warps, "num_stages": self.config.stages}
 
     def _reduce(self) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:

@@ -141,7 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     bad, new = 0, {}
     for number, case in enumerate(chosen):
-        compiled = case.compile()
+        try:
+            compiled = case.compile()
+        except Exception as error:  # whatever the compiler has to say
+            bad += 1
+            print(f"{case.name} does not compile: {error}", flush=True)
+            continue
         new[case.name] = figures(case, compiled)
         problems = faults(case, compiled)
         if same and not options.write:

@@ -99,11 +99,13 @@ class Table:
         gemv: for one row: where a lane has one word, and where it has three or more.
         gemm: by the most rows of activations that they are for, ascending; 0 is any number.
         w8a8: likewise.
+        looked_up: likewise, in place of ``gemm`` for tables in registers.
     """
 
     gemv: tuple[GemvConfig, GemvConfig]
     gemm: dict[int, GemmConfig]
     w8a8: dict[int, W8A8Config]
+    looked_up: dict[int, GemmConfig] | None = None
 
 
 _GEMV = GemvConfig(8, 128), GemvConfig(4, 128)
@@ -111,9 +113,11 @@ _GEMV = GemvConfig(8, 128), GemvConfig(4, 128)
 _SKINNY = GemmConfig(16, 32, 128, 1, 3)
 _WIDE = GemmConfig(64, 128, 128, 4, 3)
 _W8A8 = {16: W8A8Config(16, 128, 128, 4, 4), 64: W8A8Config(64, 128, 128, 4, 3), 0: W8A8Config(128, 128, 128, 8, 3)}
-_WARP_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 0: _WIDE}, _W8A8)
+# A table takes nine registers of every thread, and its look-up a few more: smaller tiles, or they spill.
+_LOOKED_UP = {16: GemmConfig(16, 16, 128, 1, 3), 0: GemmConfig(32, 128, 128, 4, 3)}
+_WARP_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 0: _WIDE}, _W8A8, _LOOKED_UP)
 # Tensor cores that take a whole tile (wgmma, tcgen05) keep the sums out of the way: a tile twice as wide fits.
-_TILE_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 64: _WIDE, 0: GemmConfig(128, 128, 128, 4, 3)}, _W8A8)
+_TILE_TENSOR_CORES = Table(_GEMV, {16: _SKINNY, 64: _WIDE, 0: GemmConfig(128, 128, 128, 4, 3)}, _W8A8, _LOOKED_UP)
 _ALL_REGISTERS = GemvConfig(8, 128, 255), GemvConfig(4, 128, 255)
 
 TABLES = {
@@ -161,10 +165,8 @@ def gemv_config(architecture: str, format: Format) -> GemvConfig:
 
 def gemm_configs(architecture: str, format: Format) -> dict[int, GemmConfig]:
     """The tiles of a GEMM, as :class:`Table` has them."""
-    tiles = list(table_for(architecture).gemm.items())
-    if format.decode == TABLE16:  # nine registers again: not beside the sums of the largest tile
-        tiles = [(most, config) for most, config in tiles if config.block_m <= 64]
-    return {**dict(tiles[:-1]), 0: tiles[-1][1]}
+    table = table_for(architecture)
+    return table.gemm if format.decode != TABLE16 or table.looked_up is None else table.looked_up
 
 
 def candidates(architecture: str, format: Format, rows: int) -> tuple[Config, ...]:

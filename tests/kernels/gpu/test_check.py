@@ -64,14 +64,16 @@ def test_the_table_has_no_faults():
 
 
 def test_what_is_over_its_issue_budget_is_known():
-    """Said in the page, and no more than these: a change that adds one is seen."""
-    over = {
-        (case.architecture, case.kernel, case.format.name)
-        for architecture in ARCHITECTURES
-        for case in cases(architecture)
-        if case.format is not None and check.over_budget(case, KEPT["cases"][case.name])
-    }
-    assert over == set(check.OVER_BUDGET), check.REMEDY
+    """Printed in bold in the page, and no more than these: a change that adds one is seen."""
+    over: dict[tuple[str, str], set[str]] = {}
+    for architecture in ARCHITECTURES:
+        for case in cases(architecture):
+            if case.format is not None and check.over_budget(case, KEPT["cases"][case.name]):
+                over.setdefault((architecture, case.kernel), set()).add(case.format.name)
+    assert over == {place: set(formats.split()) for place, formats in check.OVER_BUDGET.items()}
+    # Four and eight bits and the six-bit floats are what memory bounds on every NVIDIA GPU but the B200.
+    good = {"integer8", "e3m2", "e2m3"}
+    assert not any(good & formats for (name, _), formats in over.items() if name not in ("sm_100", "gfx942"))
 
 
 def test_every_format_has_both_kernels_everywhere():
@@ -106,12 +108,13 @@ def test_one_load_and_one_barrier_too_few_or_many():
     assert any("barriers in its loop" in fault for fault in faults), faults
 
 
-def test_a_stride_of_words_that_is_no_multiple_of_16_loses_the_wide_loads():
+@pytest.mark.parametrize(("missing", "wide"), [("words_ptr", False), ("nothing else", True)])
+def test_codes_that_begin_anywhere_lose_the_wide_loads_and_odd_sizes_do_not(missing, wide):
     case = Case("sm_90", "gemv", INT4, "fp16", GemvConfig(8, 128))
     kernel, types, constants, options = case._gemv()
-    aligned = tuple(name for name in types if name.endswith("_ptr"))
+    aligned = tuple(name for name in types if name.endswith("_ptr") and name != missing)
     compiled = offline.compile_for(kernel, "sm_90", types, constants, aligned, **options)
-    assert any("loads of 128 bits and needs" in fault for fault in check.faults(case, compiled))
+    assert any("loads of 128 bits and needs" in fault for fault in check.faults(case, compiled)) is not wide
 
 
 @triton.jit
@@ -128,6 +131,14 @@ def test_no_tensor_core_where_one_is_claimed_is_a_fault():
     assert check.faults(case, compiled) == ["uses no tensor core, not IGMMA"]
     assert compiled.tensor_core == ""
     assert compiled.wide_loads == 1
+
+
+def test_more_instructions_than_there_is_time_for_are_a_fault():
+    case = next(case for case in cases("sm_90") if case.kernel == "gemv" and case.format == INT4)
+    slow = Compiled(64, 0, 0, Counter({"FFMA": 2000, "LDG.E.128": 12}), Counter(), False)
+    assert check.faults(case, slow) == ["issues more than the 4.6 instructions a weight that there is time for"]
+    fast = Compiled(64, 0, 0, Counter({"FFMA": 900, "LDG.E.128": 12}), Counter(), False)
+    assert check.faults(case, fast) == []
 
 
 def test_figures_that_moved_are_named():

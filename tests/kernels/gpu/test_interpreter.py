@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 def test_the_kernels_are_right_in_the_interpreter():
     tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(tests)]
     done = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1"},

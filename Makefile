@@ -1,12 +1,12 @@
-# Two commands: `make demo` runs the main job on a small real model, `make test` runs lint, types and tests.
-# Both set up everything that they need in .venv.
+# `make demo` runs the main job on a small real model, `make test` runs lint, types and tests; `make gpu-check` is for a
+# machine with a GPU: are the kernels right there, and how fast? Each sets up everything that it needs in .venv.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types gpu-check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(BIN)/mypy
+
+gpu-check: $(VENV)/ready
+	$(BIN)/python -m quantlab_kernels.gpu.gpu_check --out gpu-check.json
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

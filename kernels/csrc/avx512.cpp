@@ -159,23 +159,25 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
 
 // ----------------------------------------------------------------------------------------------------------- decoding
 
-// 16 words of bfloat16 values, times the scales of the 8 lanes that they belong to, plus their shifts.
-QL_INLINE __m512 scaled(__m256i words, __m512i pairs, __m512 scale, __m512 shift) {
-    __m512 values = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-    return _mm512_fmadd_ps(values, _mm512_permutexvar_ps(pairs, scale), _mm512_permutexvar_ps(pairs, shift));
+// A lane's two weights share its scale: the even ones are the lower halves of 32 bits, the odd ones the upper halves.
+template <int BITS, int STEP = 0>
+QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, __m512i together,
+                           uint16_t *out) {
+    if constexpr (STEP < Codes<BITS>::kSteps) {
+        const __m512i words = codes.template weights<STEP>(block);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
+        const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(odd, scale, shift), _mm512_fmadd_ps(even, scale, shift));
+        _mm512_storeu_si512(out + 32 * STEP, _mm512_permutexvar_epi16(together, (__m512i)apart));
+        store_steps<BITS, STEP + 1>(codes, block, scale, shift, together, out);
+    }
 }
 
-template <int BITS, int STEP = 0>
-QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, uint16_t *out) {
-    if constexpr (STEP < Codes<BITS>::kSteps) {
-        const __m512i low_pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-        const __m512i high_pairs = _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
-        const __m512i words = codes.template weights<STEP>(block);
-        const __m512 low = scaled(_mm512_castsi512_si256(words), low_pairs, scale, shift);
-        const __m512 high = scaled(_mm512_extracti64x4_epi64(words, 1), high_pairs, scale, shift);
-        _mm512_storeu_si512(out + 32 * STEP, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        store_steps<BITS, STEP + 1>(codes, block, scale, shift, out);
-    }
+// What brings 16 even and 16 odd weights into their places.
+QL_INLINE __m512i even_odd() {
+    uint16_t from[32];
+    for (int i = 0; i < 32; i++) from[i] = uint16_t(i / 2 + i % 2 * 16);
+    return _mm512_loadu_si512(from);
 }
 
 template <int BITS>
@@ -184,6 +186,7 @@ void decode(const ql_weight &weight, uint16_t *out, int64_t begin, int64_t end) 
     const Values values(weight);
     const Codes<BITS> codes(values.data);
     const ScalingOf<BITS> scaling(weight);
+    const __m512i together = even_odd();
     Buffer<float> scales(weight.groups + 32), zeros(weight.groups + 32);
     const int64_t row_bytes = (weight.columns * BITS + 7) / 8, blocks = padded<BITS>(weight) / C::kBlock;
     for (int64_t output = begin; output < end; output++, out += blocks * C::kBlock) {
@@ -197,7 +200,7 @@ void decode(const ql_weight &weight, uint16_t *out, int64_t begin, int64_t end) 
             const __m512 scale = lane_scales(scaling, scales.data, block);
             const __m512 shift =
                 weight.zeros ? _mm512_fnmadd_ps(scale, lane_scales(scaling, zeros.data, block), zero()) : zero();
-            store_steps<BITS>(codes, codes.prepare(loaded), scale, shift, out + block * C::kBlock);
+            store_steps<BITS>(codes, codes.prepare(loaded), scale, shift, together, out + block * C::kBlock);
         }
     }
 }

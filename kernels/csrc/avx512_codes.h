@@ -14,8 +14,8 @@ namespace quantlab {
 namespace {
 
 // How codes of BITS are taken apart: kBlock codes a load, in kSteps vectors of 32 weights; float32 lane m of a product
-// belongs to the codes from `first(m)` to `first(m) + kGrain - 1` of the block, and position p of the block's activations is
-// code `source(p)`.
+// belongs to the codes from `first(m)` to `first(m) + kGrain - 1` of the block, and `permute` brings a
+// block of activations into the same order.
 template <int BITS, bool SHIFTS = (BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8)>
 struct Codes;
 
@@ -23,7 +23,10 @@ template <int BITS>
 struct Codes<BITS, true> {
     static constexpr int kSteps = 16 / BITS, kBlock = 32 * kSteps, kGrain = 2 * kSteps, kBytes = 64;
     static int first(int lane) { return lane * kGrain; }
-    static int source(int position) { return position % 32 * kSteps + position / 32; }
+    static void permute(const uint16_t *x, uint16_t *out) {
+        for (int step = 0; step < kSteps; step++)
+            for (int lane = 0; lane < 32; lane++) out[32 * step + lane] = x[lane * kSteps + step];
+    }
 
     __m512i table[BITS == 8 ? 8 : 1];
 
@@ -62,7 +65,11 @@ struct Codes<BITS, false> {
     static constexpr int kSteps = 2, kBlock = 64, kGrain = 16, kBytes = 8 * BITS;
     static int first(int lane) { return lane / 4 * kGrain; }
     // vpunpck works in quarters of 16 bytes: the first step has the lower 8 codes of each, the second the upper 8.
-    static int source(int position) { return position % 32 / 8 * 16 + position / 32 * 8 + position % 8; }
+    static void permute(const uint16_t *x, uint16_t *out) {
+        for (int step = 0; step < kSteps; step++)
+            for (int quarter = 0; quarter < 4; quarter++)
+                memcpy(out + 32 * step + 8 * quarter, x + 16 * quarter + 8 * step, 8 * sizeof *x);
+    }
 
     __m512i gather, shifts;
     __m512i table[BITS == 7 ? 4 : 2];  // the low and the high bytes of 64 values; 7 bits: 128 values
@@ -121,13 +128,11 @@ template <int BITS>
 void permute(const ql_weight &weight, const uint16_t *x, uint16_t *out) {
     using C = Codes<BITS>;
     int64_t first = 0;
-    for (; first + C::kBlock <= weight.columns; first += C::kBlock)
-        for (int p = 0; p < C::kBlock; p++) out[first + p] = x[first + C::source(p)];
-    if (first < weight.columns)
-        for (int p = 0; p < C::kBlock; p++) {
-            int64_t k = first + C::source(p);
-            out[first + p] = k < weight.columns ? x[k] : uint16_t(0);
-        }
+    for (; first + C::kBlock <= weight.columns; first += C::kBlock) C::permute(x + first, out + first);
+    if (first == weight.columns) return;
+    uint16_t last[C::kBlock] = {};
+    memcpy(last, x + first, size_t(weight.columns - first) * sizeof *x);
+    C::permute(last, out + first);
 }
 
 }  // namespace

@@ -6,16 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from quantlab_kernels import native, reference
+from quantlab_kernels import gpu, native, reference
 
 # Up to so many rows of activations a kernel reads codes as they are; with more it pays to decode a panel of the weight
 # into cache and to multiply that as usual (docs/kernels.md has the measurement).
 FEW_ROWS = 32
 _PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
-KERNELS = ("reference", *(f"cpu-{isa}" for isa in native.ISAS))
+KERNELS = ("reference", *(f"cpu-{isa}" for isa in native.ISAS), "gpu")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,13 @@ def configure() -> None:
 
 
 def _at_most() -> str:
-    name = forced()
-    return native.ISAS[-1] if name is None or name == "reference" else name.removeprefix("cpu-")
+    name = (forced() or "").removeprefix("cpu-")
+    return name if name in native.ISAS else native.ISAS[-1]
+
+
+@cache
+def _gpu() -> gpu.Answer:
+    return gpu.available()
 
 
 def choose(
@@ -89,6 +95,9 @@ def choose(
     """What runs the product of ``x`` with such a weight; arguments as in :func:`reference.quantized_linear`."""
     if forced() == "reference":
         return Choice("reference", why="forced")
+    if x.device.type == "cuda":
+        answer = _gpu() and gpu.supports(x.dtype, bits, x.shape[-1], scales.shape[1])
+        return Choice("gpu") if answer else Choice("reference", why=answer.reason)
     if x.device.type != "cpu":
         return Choice("reference", why=f"no kernel for {x.device.type}")
     if native.library() is None:
@@ -109,11 +118,14 @@ def linear(
     bits: int,
     bias: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    offset: int = 0,
 ) -> torch.Tensor:
-    """The product by the kernel that :func:`choose` names; arguments as in :func:`reference.quantized_linear`."""
+    """The product by the kernel that :func:`choose` names; see :func:`quantlab_kernels.quantized_linear`."""
     choice = choose(x, codes, scales, zeros, table, bits, low_rank)
     if choice.kernel == "reference" or x.numel() == 0:
         return reference.quantized_linear(x, codes, scales, zeros, table, bits, bias, low_rank)
+    if choice.kernel == "gpu":
+        return gpu.linear(x, codes, scales, zeros, table, bits, offset or None, bias, low_rank)
     tensors = (codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous(), table.float())
     rows = x.reshape(-1, x.shape[-1])
     if choice.panels:
@@ -130,11 +142,12 @@ def linear(
 def _by_panels(x: torch.Tensor, weight: native.Weight) -> torch.Tensor:
     """``x [rows, columns]`` times the weight, never decoded as a whole."""
     aligned = weight.aligned(x)
-    outputs = max(_PANEL // (aligned.shape[1] * x.element_size()), 32)
-    if outputs >= weight.outputs:
-        return torch.nn.functional.linear(aligned, weight.decoded(0, weight.outputs, x.dtype))
+    outputs = min(max(_PANEL // (aligned.shape[1] * x.element_size()), 32), weight.outputs)
+    panel = x.new_empty(outputs, aligned.shape[1])  # one for all: its pages stay where they are
+    if outputs == weight.outputs:
+        return torch.nn.functional.linear(aligned, weight.decode(0, outputs, panel))
     y = x.new_empty(x.shape[0], weight.outputs)
     for begin in range(0, weight.outputs, outputs):
         end = min(begin + outputs, weight.outputs)
-        y[:, begin:end] = torch.nn.functional.linear(aligned, weight.decoded(begin, end, x.dtype))
+        y[:, begin:end] = torch.nn.functional.linear(aligned, weight.decode(begin, end, panel))
     return y

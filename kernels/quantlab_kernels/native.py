@@ -155,7 +155,7 @@ class Weight:
         return min(self._choose(dtype), len(ISAS) - 1 if dtype == torch.bfloat16 else ISAS.index("avx2"))
 
     def aligned(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [rows, columns]`` in the order of :meth:`decoded`'s columns."""
+        """``x [rows, columns]`` in the order of :meth:`decode`'s columns."""
         isa = self._decoder(x.dtype)
         if ISAS[isa] != "avx512":
             return x
@@ -165,13 +165,15 @@ class Weight:
         self._library.ql_permute(ctypes.byref(self._c), *arguments)
         return out
 
-    def decoded(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """The weights of some outputs in ``dtype``, columns in the order of :meth:`aligned`."""
-        isa = self._decoder(dtype)
-        out = torch.empty(end - begin, self._library.ql_padded(ctypes.byref(self._c), isa), dtype=dtype)
-        arguments = (out.data_ptr(), begin, end, _TYPES[dtype], isa, torch.get_num_threads())
+    def decode(self, begin: int, end: int, out: torch.Tensor) -> torch.Tensor:
+        """The weights of some outputs, columns in the order of :meth:`aligned`, in the first rows of ``out``."""
+        isa = self._decoder(out.dtype)
+        width = self._library.ql_padded(ctypes.byref(self._c), isa)
+        if out.shape[1] != width or out.shape[0] < end - begin or not out.is_contiguous():
+            raise ValueError(f"decoded weights are [{end - begin}, {width}], not {list(out.shape)}")
+        arguments = (out.data_ptr(), begin, end, _TYPES[out.dtype], isa, torch.get_num_threads())
         self._library.ql_decode(ctypes.byref(self._c), *arguments)
-        return out
+        return out[: end - begin]
 
 
 def _address(what: str, tensor: torch.Tensor | None) -> int | None:

@@ -30,13 +30,13 @@ def _linear(
     zeros: torch.Tensor | None,
     table: torch.Tensor,
     bits: int,
-    _offset: int,
+    offset: int,
     bias: torch.Tensor | None,
     left: torch.Tensor | None,
     right: torch.Tensor | None,
 ) -> torch.Tensor:
     low_rank = None if left is None or right is None else (left, right)
-    return dispatch.linear(x, codes, scales, zeros, table, bits, bias, low_rank)
+    return dispatch.linear(x, codes, scales, zeros, table, bits, bias, low_rank, offset)
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, *_: object) -> torch.Tensor:

@@ -1,0 +1,109 @@
+"""Low-bit products on GPUs, in Triton. Importing this asks no driver; :func:`available` says whether they can run here.
+
+The pieces, from the bits up: ``layout`` (how codes lie in memory) and ``formats`` (what they mean) are plain torch;
+``ptx`` and ``decode`` turn bits into numbers inside a kernel; ``gemv``, ``gemm`` and ``w8a8`` are the kernels;
+``configs`` and ``tune`` say how work is cut up; ``weight`` and ``matmul`` are what a caller sees. ``offline``,
+``cases`` and ``check`` hold the compiled kernels to what they are meant to be, without a GPU; ``gpu_check`` is for a
+machine that has one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantlab_kernels.gpu.layout import Layout
+
+if TYPE_CHECKING:
+    from quantlab_kernels.gpu.weight import GpuWeight
+
+__all__ = ["Answer", "available", "linear", "prepare", "product", "supports"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Yes, or no and why: true or false where a truth value is asked for.
+
+    Attributes:
+        reason: empty for yes.
+    """
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def available() -> Answer:
+    """Whether the kernels can run here. Asks the driver."""
+    if importlib.util.find_spec("triton") is None:
+        return Answer("triton is not installed (`pip install triton`; it exists for Linux)")
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or torch.version.hip
+        return Answer("torch sees no GPU" if build else "torch is built for the CPU alone, and sees no GPU")
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return Answer(f"the GPU is of compute capability {major}.{minor}; the kernels are for 8.0 and newer")
+    return Answer()
+
+
+def supports(dtype: torch.dtype, bits: int, columns: int, groups: int) -> Answer:
+    """Whether the kernels multiply such activations and such a weight.
+
+    Args:
+        dtype: of the activations.
+        bits: width of a code.
+        columns: inputs of the layer.
+        groups: scales in a row of the weight.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Answer(f"activations are {dtype}: the GPU kernels multiply float16 and bfloat16")
+    try:
+        Layout.of(bits, columns, groups)
+    except ValueError as error:
+        return Answer(str(error))
+    return Answer()
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    offset: int | None = None,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` from stored codes: see :func:`quantlab_kernels.gpu.matmul.linear`."""
+    from quantlab_kernels.gpu import matmul
+
+    return matmul.linear(x, codes, scales, zeros, table, bits, offset, bias, low_rank)
+
+
+def product(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
+    """``x @ W.T + bias`` from a prepared weight: see :func:`quantlab_kernels.gpu.matmul.product`."""
+    from quantlab_kernels.gpu import matmul
+
+    return matmul.product(x, weight)
+
+
+def prepare(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    offset: int | None,
+    columns: int,
+    bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> GpuWeight:
+    """A weight as the kernels read it, made at load: see :func:`quantlab_kernels.gpu.weight.prepare`."""
+    from quantlab_kernels.gpu import weight
+
+    return weight.prepare(codes, scales, zeros, table, bits, offset, columns, bias, low_rank)

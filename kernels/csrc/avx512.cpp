@@ -32,29 +32,33 @@ QL_INLINE void add_steps(const Codes<BITS> &codes, const __m512i (&block)[R], co
     }
 }
 
-// R neighbouring outputs.
+// R neighbouring outputs, and all that their product needs, by value: what is known to be the function's own stays in
+// registers.
 template <int BITS>
 struct Tile {
-    const Job &job;
-    const Codes<BITS> &codes;
-    const Scaling &scaling;
+    Codes<BITS> codes;
+    Scaling scaling;
+    const uint8_t *rows;  // [R, row_bytes]
+    int64_t row_bytes;
+    const uint16_t *x;  // [M, x_stride]
+    int64_t x_stride;
     const float *scales;  // [R, scale_stride]
     int64_t scale_stride;
-    int64_t output;
+    float *y;  // [M, y_stride]
+    int64_t y_stride;
 };
 
 // Adds a block of the tile's codes, of which `bytes` are there, or all where WHOLE.
 template <int BITS, int M, int R, Spread SPREAD, bool WHOLE>
 QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, __m512 (&total)[R][M]) {
     using C = Codes<BITS>;
-    const Job &job = tile.job;
-    const uint8_t *at = job.weight->codes + tile.output * job.row_bytes + block * C::kBytes;
-    const uint16_t *x = static_cast<const uint16_t *>(job.x) + block * C::kBlock;
     __m512i loaded[R];
     __m512 part[R][M];
-    for (int r = 0; r < R; r++)
-        loaded[r] = tile.codes.prepare(WHOLE ? C::load(at + r * job.row_bytes) : C::load(at + r * job.row_bytes, bytes));
-    add_steps<BITS, M, R>(tile.codes, loaded, x, job.x_stride, part);
+    for (int r = 0; r < R; r++) {
+        const uint8_t *at = tile.rows + r * tile.row_bytes + block * C::kBytes;
+        loaded[r] = tile.codes.prepare(WHOLE ? C::load(at) : C::load(at, bytes));
+    }
+    add_steps<BITS, M, R>(tile.codes, loaded, tile.x + block * C::kBlock, tile.x_stride, part);
     for (int r = 0; r < R; r++) {
         const __m512 scale = scale_of<SPREAD>(tile.scaling, tile.scales + r * tile.scale_stride, block);
         for (int m = 0; m < M; m++) total[r][m] = _mm512_fmadd_ps(part[r][m], scale, total[r][m]);
@@ -64,21 +68,21 @@ QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, _
 // With one row of activations several blocks are under way at a time, with sums of their own, so that they do not wait for
 // each other; with more rows it is several outputs, so that activations are read less often.
 template <int BITS, int M, int R, Spread SPREAD>
-void multiply_tile(const Tile<BITS> &tile) {
+void multiply_tile(const Tile<BITS> &given) {
     using C = Codes<BITS>;
     constexpr int kUnroll = R * M >= 4 ? 1 : 4 / (R * M);
-    const Job &job = tile.job;
-    const int64_t whole = job.row_bytes / C::kBytes, rest = job.row_bytes % C::kBytes;
-    const uint8_t *next = job.weight->codes + (tile.output + R) * job.row_bytes;
+    const Tile<BITS> tile = given;
+    const int64_t whole = tile.row_bytes / C::kBytes, rest = tile.row_bytes % C::kBytes;
     __m512 total[kUnroll][R][M];
-    for (auto &sums : total)
-        for (auto &row : sums)
-            for (auto &sum : row) sum = zero();
+    for (int u = 0; u < kUnroll; u++)
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) total[u][r][m] = zero();
     int64_t block = 0;
     for (; block + kUnroll <= whole; block += kUnroll) {
         // The next tile, in the order in which it lies in memory. A single row is a stream that the processor follows.
         for (int r = 0; R > 1 && r < R; r++)
-            _mm_prefetch(reinterpret_cast<const char *>(next) + (block * R + r) * C::kBytes, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(tile.rows) + R * tile.row_bytes + (block * R + r) * C::kBytes,
+                         _MM_HINT_T0);
         for (int u = 0; u < kUnroll; u++) add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
     }
     for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
@@ -86,7 +90,7 @@ void multiply_tile(const Tile<BITS> &tile) {
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) {
             for (int u = 1; u < kUnroll; u++) total[0][r][m] = _mm512_add_ps(total[0][r][m], total[u][r][m]);
-            job.y[m * job.weight->outputs + tile.output + r] = _mm512_reduce_add_ps(total[0][r][m]);
+            tile.y[m * tile.y_stride + r] = _mm512_reduce_add_ps(total[0][r][m]);
         }
 }
 
@@ -109,7 +113,16 @@ void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int6
         const int outputs = end - output >= R && scaling.spread != Spread::kAnywhere ? R : 1;
         for (int r = 0; r < outputs; r++)
             load_row(weight.scales, weight.scale_type, scale_row(weight, output + r), weight.groups, scales.data + r * stride);
-        const Tile<BITS> tile = {job, codes, scaling, scales.data, stride, output};
+        const Tile<BITS> tile = {codes,
+                                 scaling,
+                                 weight.codes + output * job.row_bytes,
+                                 job.row_bytes,
+                                 static_cast<const uint16_t *>(job.x),
+                                 job.x_stride,
+                                 scales.data,
+                                 stride,
+                                 job.y + output,
+                                 weight.outputs};
         if (outputs == R) multiply_tile<BITS, M, R>(tile);
         else multiply_tile<BITS, M, 1>(tile);
         for (int r = 0; weight.zeros && r < outputs; r++) {

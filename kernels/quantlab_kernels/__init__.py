@@ -1,6 +1,6 @@
 """Low-bit matrix products on raw tensors: no models, no modules, nothing of quantlab."""
 
-from quantlab_kernels.dispatch import KERNELS, Choice, choose, force
+from quantlab_kernels.dispatch import KERNELS, Choice, choose, force, forced
 from quantlab_kernels.ops import quantized_linear
 from quantlab_kernels.packing import pack, packed_width, unpack
 from quantlab_kernels.reference import decode
@@ -11,6 +11,7 @@ __all__ = [
     "choose",
     "decode",
     "force",
+    "forced",
     "pack",
     "packed_width",
     "quantized_linear",

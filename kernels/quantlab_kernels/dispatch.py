@@ -16,7 +16,8 @@ from quantlab_kernels import gpu, native, reference
 # into cache and to multiply that as usual (docs/kernels.md has the measurement).
 FEW_ROWS = 32
 _PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
-KERNELS = ("reference", *(f"cpu-{isa}" for isa in native.ISAS), "gpu")
+_CPU = tuple(f"cpu-{isa}" for isa in native.ISAS)
+KERNELS = ("reference", *_CPU, "gpu")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def force(name: str | None) -> Iterator[None]:
     global _forced
     before, _forced = _forced, name
     try:
+        forced()
         configure()
         yield
     finally:
@@ -69,13 +71,12 @@ def force(name: str | None) -> Iterator[None]:
 
 
 def configure() -> None:
-    """Tell the operator that is registered in C++ what :func:`forced` says."""
-    native.configure(0 if forced() == "reference" else FEW_ROWS, _at_most())
+    """Tell the operator that is registered in C++ what was forced; :func:`choose` refuses a name that is not known."""
+    native.configure(FEW_ROWS if _forced is None or _forced in _CPU else 0, _at_most())
 
 
 def _at_most() -> str:
-    name = (forced() or "").removeprefix("cpu-")
-    return name if name in native.ISAS else native.ISAS[-1]
+    return (_forced if _forced in _CPU else _CPU[-1]).removeprefix("cpu-")
 
 
 @cache

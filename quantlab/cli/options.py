@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -23,6 +24,15 @@ def prepare(threads: int | None, *, quiet: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
+    if os.environ.get("QUANTLAB_KERNEL"):
+        from quantlab_kernels import forced
+
+        from quantlab.errors import QuantlabError
+
+        try:
+            forced()
+        except ValueError as error:
+            raise QuantlabError(f"QUANTLAB_KERNEL: {error}") from error
 
 
 def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:

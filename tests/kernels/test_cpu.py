@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import activations, random_layer
-from quantlab_kernels import choose, force, native, quantized_linear
+from quantlab_kernels import choose, dispatch, force, native, quantized_linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels were not compiled here")
 
@@ -164,6 +164,11 @@ class TestChoice:
         layer = random_layer()
         with force("reference"):
             assert str(choose(activations(1, 256), *layer.arguments[:5])) == "reference (forced)"
+
+    def test_an_unknown_kernel_in_the_environment_is_refused_when_it_is_used(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "_forced", "cpu-mmx")
+        with pytest.raises(ValueError, match="'cpu-mmx': use one of"):
+            choose(activations(1, 256), *random_layer().arguments[:5])
 
     def test_an_unknown_kernel_is_refused(self):
         with pytest.raises(ValueError, match="'cpu-mmx': use one of"), force("cpu-mmx"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import activations, random_layer
+from products import activations, random_layer
 from quantlab_kernels import choose, dispatch, force, native, quantized_linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels were not compiled here")

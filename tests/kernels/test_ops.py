@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import activations, random_layer
+from products import activations, random_layer
 from quantlab_kernels import force, native, quantized_linear, reference
 
 CSRC = Path(native.__file__).parents[1] / "csrc"
@@ -73,7 +73,7 @@ _PRODUCT = """
 import sys
 sys.path.insert(0, {folder!r})
 import torch
-from layers import activations, random_layer
+from products import activations, random_layer
 from quantlab_kernels import choose, native, quantized_linear
 {before}
 for rows in (1, 40):

@@ -94,20 +94,34 @@ def choose(
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Choice:
     """What runs the product of ``x`` with such a weight; arguments as in :func:`reference.quantized_linear`."""
+    return _chosen(x, codes, scales, zeros, table, bits, None, low_rank)[0]
+
+
+def _chosen(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[Choice, native.Weight | None]:
+    """What runs it, and the weight as the compiled kernels see it where it is one of them."""
     if forced() == "reference":
-        return Choice("reference", why="forced")
+        return Choice("reference", why="forced"), None
     if x.device.type == "cuda":
         answer = _gpu() and gpu.supports(x.dtype, bits, x.shape[-1], scales.shape[1])
-        return Choice("gpu") if answer else Choice("reference", why=answer.reason)
+        return Choice("gpu") if answer else Choice("reference", why=answer.reason), None
     if x.device.type != "cpu":
-        return Choice("reference", why=f"no kernel for {x.device.type}")
+        return Choice("reference", why=f"no kernel for {x.device.type}"), None
     if native.library() is None:
-        return Choice("reference", why="the CPU kernels were not compiled")
+        return Choice("reference", why="the CPU kernels were not compiled"), None
     if x.dtype not in native.ACTIVATIONS or scales.dtype not in native.SCALES:
-        return Choice("reference", why=f"{x.dtype} activations, {scales.dtype} scales")
-    weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], None, low_rank, _at_most())
+        return Choice("reference", why=f"{x.dtype} activations, {scales.dtype} scales"), None
+    weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], bias, low_rank, _at_most())
     rows = x.numel() // x.shape[-1]
-    return Choice(f"cpu-{weight.isa(x.dtype)}", rows > FEW_ROWS)
+    return Choice(f"cpu-{weight.isa(x.dtype)}", rows > FEW_ROWS), weight
 
 
 def linear(
@@ -122,21 +136,20 @@ def linear(
     offset: int = 0,
 ) -> torch.Tensor:
     """The product by the kernel that :func:`choose` names; see :func:`quantlab_kernels.quantized_linear`."""
-    choice = choose(x, codes, scales, zeros, table, bits, low_rank)
-    if choice.kernel == "reference" or x.numel() == 0:
-        return reference.quantized_linear(x, codes, scales, zeros, table, bits, bias, low_rank)
-    if choice.kernel == "gpu":
+    choice, weight = _chosen(x, codes, scales, zeros, table, bits, bias, low_rank)
+    if choice.kernel == "gpu" and x.numel():
         return gpu.linear(x, codes, scales, zeros, table, bits, offset or None, bias, low_rank)
-    tensors = (codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous(), table.float())
+    if weight is None or x.numel() == 0:
+        return reference.quantized_linear(x, codes, scales, zeros, table, bits, bias, low_rank)
     rows = x.reshape(-1, x.shape[-1])
     if choice.panels:
-        y = _by_panels(rows, native.Weight(*tensors, bits, x.shape[-1], at_most=_at_most()))
+        y = _by_panels(rows, weight)
         if low_rank is not None:
             y += (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
         if bias is not None:
             y += bias.to(x.dtype)
     else:
-        y = native.Weight(*tensors, bits, x.shape[-1], bias, low_rank, _at_most()).multiply(rows)
+        y = weight.multiply(rows)
     return y.view(*x.shape[:-1], -1)
 
 

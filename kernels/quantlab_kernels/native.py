@@ -80,13 +80,13 @@ def best_isa() -> str | None:
 
 
 class Weight:
-    """One quantized weight as the compiled kernels see it. It borrows the tensors' memory: keep them.
+    """One quantized weight as the compiled kernels see it: its tensors, contiguous, the table in float32.
 
     Args:
         at_most: an instruction set that is not to be exceeded.
 
     Raises:
-        ValueError: a tensor is not contiguous, not on the CPU, or of a dtype that there is no kernel for.
+        ValueError: a tensor is not on the CPU, or of a dtype that there is no kernel for.
     """
 
     def __init__(
@@ -106,14 +106,12 @@ class Weight:
         if found is None:
             raise ValueError("the CPU kernels were not compiled")
         self._library, self._at_most, self.columns = found, ISAS.index(at_most), columns
+        given = {"codes": codes, "scales": scales, "zeros": zeros, "table": table.float()}
+        given |= {"bias": bias, "left": left, "right": right}
+        # Kept, because C knows addresses only.
+        self._tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
         self._c = _Weight(
-            codes=_address("codes", codes),
-            scales=_address("scales", scales),
-            zeros=_address("zeros", zeros),
-            table=_address("table", table),
-            bias=_address("bias", bias),
-            left=_address("left", left),
-            right=_address("right", right),
+            **{name: _address(name, tensor) for name, tensor in self._tensors.items()},
             outputs=codes.shape[0],
             columns=columns,
             groups=scales.shape[1],
@@ -179,8 +177,8 @@ class Weight:
 def _address(what: str, tensor: torch.Tensor | None) -> int | None:
     if tensor is None:
         return None
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"{what}: on {tensor.device}, strides {tensor.stride()}; kernels take contiguous CPU tensors")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{what}: on {tensor.device}; these kernels take CPU tensors")
     return tensor.data_ptr()
 
 

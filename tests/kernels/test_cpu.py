@@ -128,6 +128,16 @@ def test_leading_dimensions_and_strides(isa):
     assert torch.equal(y.flatten(0, 1), quantized_linear(x.reshape(12, 256), *layer.arguments))
 
 
+def test_tensors_that_are_not_contiguous(isa):
+    layer = random_layer(zeros=torch.int8, bias=True)
+    codes, scales, zeros, table, bits, bias, _ = layer.arguments
+    apart = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in (codes, scales, zeros, table)]
+    assert not any(tensor.is_contiguous() for tensor in apart)
+    for rows in (2, 40):
+        x = activations(rows, 256)
+        assert torch.equal(quantized_linear(x, *apart, bits, bias), quantized_linear(x, *layer.arguments))
+
+
 def test_no_rows(isa):
     layer = random_layer()
     assert quantized_linear(torch.empty(2, 0, 256), *layer.arguments).shape == (2, 0, 24)

@@ -4,21 +4,23 @@ The pieces, from the bits up: ``layout`` (how codes lie in memory) and ``formats
 ``ptx`` and ``decode`` turn bits into numbers inside a kernel; ``gemv``, ``gemm`` and ``w8a8`` are the kernels;
 ``configs`` and ``tune`` say how work is cut up; ``weight`` and ``matmul`` are what a caller sees. ``offline``,
 ``cases`` and ``check`` hold the compiled kernels to what they are meant to be, without a GPU; ``gpu_check`` is for a
-machine that has one.
+machine that has one. What needs triton is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantlab_kernels.gpu.layout import Layout
 
 if TYPE_CHECKING:
-    from quantlab_kernels.gpu.weight import GpuWeight
+    from quantlab_kernels.gpu.matmul import linear, product
+    from quantlab_kernels.gpu.weight import prepare
 
 __all__ = ["Answer", "available", "linear", "prepare", "product", "supports"]
 
@@ -68,42 +70,10 @@ def supports(dtype: torch.dtype, bits: int, columns: int, groups: int) -> Answer
     return Answer()
 
 
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    table: torch.Tensor,
-    bits: int,
-    offset: int | None = None,
-    bias: torch.Tensor | None = None,
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """``x @ W.T + bias`` from stored codes: see :func:`quantlab_kernels.gpu.matmul.linear`."""
-    from quantlab_kernels.gpu import matmul
-
-    return matmul.linear(x, codes, scales, zeros, table, bits, offset, bias, low_rank)
+_HOMES = {"linear": "matmul", "product": "matmul", "prepare": "weight"}
 
 
-def product(x: torch.Tensor, weight: GpuWeight) -> torch.Tensor:
-    """``x @ W.T + bias`` from a prepared weight: see :func:`quantlab_kernels.gpu.matmul.product`."""
-    from quantlab_kernels.gpu import matmul
-
-    return matmul.product(x, weight)
-
-
-def prepare(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    table: torch.Tensor,
-    bits: int,
-    offset: int | None,
-    columns: int,
-    bias: torch.Tensor | None = None,
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> GpuWeight:
-    """A weight as the kernels read it, made at load: see :func:`quantlab_kernels.gpu.weight.prepare`."""
-    from quantlab_kernels.gpu import weight
-
-    return weight.prepare(codes, scales, zeros, table, bits, offset, columns, bias, low_rank)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quantlab_kernels.gpu' has no attribute {name!r}")
+    return getattr(import_module(f"quantlab_kernels.gpu.{_HOMES[name]}"), name)

@@ -1,10 +1,11 @@
 """Low-bit products on GPUs, in Triton. Importing this asks no driver; :func:`available` says whether they can run here.
 
 The pieces, from the bits up: ``layout`` (how codes lie in memory) and ``formats`` (what they mean) are plain torch;
-``ptx`` and ``decode`` turn bits into numbers inside a kernel; ``gemv``, ``gemm`` and ``w8a8`` are the kernels;
-``configs`` and ``tune`` say how work is cut up; ``weight`` and ``matmul`` are what a caller sees. ``offline``,
-``cases`` and ``check`` hold the compiled kernels to what they are meant to be, without a GPU; ``gpu_check`` is for a
-machine that has one. What needs triton is imported when it is first asked for.
+``ptx`` and ``decode`` turn bits into numbers inside a kernel; ``gemv``, ``gemm``, ``panels`` and ``w8a8`` are the
+kernels; ``configs`` and ``tune`` say how work is cut up; ``plans`` and ``launch`` carry a product out; ``weight`` and
+``matmul`` are what a caller sees. ``offline``, ``cases`` and ``check`` hold the compiled kernels to what they are meant
+to be, without a GPU; ``gpu_check``, ``gpu_speed`` and their ``subjects`` are for a machine that has one. What needs
+triton is imported when it is first asked for.
 """
 
 from __future__ import annotations

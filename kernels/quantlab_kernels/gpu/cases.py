@@ -7,13 +7,25 @@ from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
-from quantlab_kernels.gpu.configs import TABLES, Config, GemmConfig, GemvConfig, W8A8Config, gemm_configs, gemv_config
+from quantlab_kernels.gpu.configs import (
+    TABLES,
+    Config,
+    Device,
+    GemmConfig,
+    GemvConfig,
+    PanelConfig,
+    W8A8Config,
+    gemm_configs,
+    gemv_config,
+    table_for,
+)
 from quantlab_kernels.gpu.formats import E2M3, E3M2, INTEGER, TABLE, TABLE16, Format
 from quantlab_kernels.gpu.gemm import gemm, gemm_constants
 from quantlab_kernels.gpu.gemv import gemv, gemv_constants, reduce
 from quantlab_kernels.gpu.layout import lane_width, lane_words
-from quantlab_kernels.gpu.matmul import REDUCE_ROWS
 from quantlab_kernels.gpu.offline import Compiled, compile_for, is_tensor_core
+from quantlab_kernels.gpu.panels import dequantize, panel_constants
+from quantlab_kernels.gpu.plans import REDUCE_ROWS
 from quantlab_kernels.gpu.w8a8 import gemm_w8a8, multiplies_e4m3, w8a8_constants
 from quantlab_kernels.gpu.weight import Kind
 
@@ -29,9 +41,22 @@ _LIKE_SM_80 = ("sm_89", "sm_120")
 ARCHITECTURES = tuple(name for name in TABLES if name != "interpreter")
 GROUP = 128
 _COLUMNS = 4096
+_OUT_FEATURES = (11008, 4096)
 # What the launcher does not promise to be a multiple of 16.
 _FREE = {
-    *("out_features", "rows", "groups", "blocks", "outputs", "hidden_outputs", "y_stride", "quads", "chunk", "magic"),
+    *(
+        "out_features",
+        "rows",
+        "groups",
+        "blocks",
+        "outputs",
+        "hidden_outputs",
+        "y_stride",
+        "first_row",
+        "quads",
+        "chunk",
+        "magic",
+    ),
     *("factor", "fold"),
 }
 
@@ -76,7 +101,7 @@ class Case:
 
     Attributes:
         architecture: of the device.
-        kernel: ``gemv``, ``gemm``, ``w8a8`` or ``reduce``.
+        kernel: ``gemv``, ``gemm``, ``panel``, ``w8a8`` or ``reduce``.
         format: of the weight; None for kernels that read none.
         dtype: of the activations, as Triton calls it.
         config: the tile; None for ``reduce``.
@@ -175,6 +200,12 @@ class Case:
         options = {"num_warps": self.config.warps, "num_stages": self.config.depth(self.format.bits)}
         return gemm, self._types(gemm, constants), constants, options
 
+    def _panel(self) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+        assert isinstance(self.config, PanelConfig)
+        constants = panel_constants(self._kind, self.config, self._asm)
+        types = self._types(dequantize, constants) | {"panel_ptr": f"*{self.dtype}"}
+        return dequantize, types, constants, {"num_warps": self.config.warps}
+
     def _w8a8(self) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
         assert isinstance(self.config, W8A8Config)
         constants = w8a8_constants(self.config, self.dtype == "int8", True, False)
@@ -205,29 +236,38 @@ class Case:
 
 def cases(architecture: str) -> Iterator[Case]:
     """What is compiled for a class of devices: every kernel and format that is shipped, with every tile."""
+    device = Device(architecture, PEAKS[architecture].multiprocessors)
     for format in (*FORMATS, *(FURTHER_FORMATS if architecture == _FURTHER else ())):
         four = format == Format(4, INTEGER, -8)
         half_only = format in FURTHER_FORMATS or (architecture in _LIKE_SM_80 and not four)
         for dtype in ("fp16",) if half_only else ("fp16", "bf16"):
-            yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format))
-            for rows, config in gemm_configs(architecture, format).items():
+            for config in sorted({gemv_config(device, format, outs) for outs in _OUT_FEATURES}, key=astuple):
+                yield Case(architecture, "gemv", format, dtype, config)
+            for rows, tile in gemm_configs(architecture, format).items():
                 # The larger tiles decode as the smallest does: one of the dtypes, and both of four bits.
-                if rows == 16 or four or (dtype == "fp16" and format in FORMATS):
-                    yield Case(architecture, "gemm", format, dtype, config)
+                further = dtype == "fp16" and format in FORMATS and (rows == 0 or architecture == _FURTHER)
+                if rows == 16 or four or further:
+                    yield Case(architecture, "gemm", format, dtype, tile)
+            if four or (dtype == "fp16" and architecture == _FURTHER):
+                yield Case(architecture, "panel", format, dtype, table_for(architecture).panel)
     for dtype in ("fp16", "bf16"):
         format = Format(4, INTEGER, 0)
-        yield Case(architecture, "gemv", format, dtype, gemv_config(architecture, format), "zeros")
+        yield Case(architecture, "gemv", format, dtype, _four_bits(device), "zeros")
         yield Case(architecture, "gemm", format, dtype, gemm_configs(architecture, format)[16], "zeros")
     format = Format(4, INTEGER, -8)
-    yield Case(architecture, "gemv", format, "bf16", gemv_config(architecture, format), "rows")
+    yield Case(architecture, "gemv", format, "bf16", _four_bits(device), "rows")
     yield Case(architecture, "gemm", format, "bf16", gemm_configs(architecture, format)[16], "rows")
-    yield Case(architecture, "gemv", format, "bf16", gemv_config(architecture, format), "rank")
+    yield Case(architecture, "gemv", format, "bf16", _four_bits(device), "rank")
     yield Case(architecture, "reduce", None, "bf16")
     yield Case(architecture, "reduce", None, "bf16", None, "rank")
     for eight in TABLES[architecture].w8a8.values():
         yield Case(architecture, "w8a8", None, "int8", eight)
         if multiplies_e4m3(architecture):
             yield Case(architecture, "w8a8", None, "fp8e4nv", eight)
+
+
+def _four_bits(device: Device) -> GemvConfig:
+    return gemv_config(device, Format(4, INTEGER, -8), _OUT_FEATURES[0])
 
 
 def issued(architecture: str, compiled: Compiled) -> int:

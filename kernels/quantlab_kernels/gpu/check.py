@@ -19,7 +19,7 @@ from quantlab_kernels.gpu.cases import ARCHITECTURES, Case, cases, issued
 from quantlab_kernels.gpu.offline import SHARED_LIMIT, Compiled
 
 TABLE = Path(__file__).parents[2] / "verified.json"
-_SOURCES = ("layout.py", "formats.py", "ptx.py", "decode.py", "gemv.py", "gemm.py", "w8a8.py", "cases.py")
+_SOURCES = ("layout.py", "formats.py", "ptx.py", "decode.py", "gemv.py", "gemm.py", "panels.py", "w8a8.py", "cases.py")
 REMEDY = "run `python -m quantlab_kernels.gpu.check --write` and look at the difference"
 
 # What memory should bound and issue slots do: by class and kernel, the formats (with either dtype). Nothing else may.

@@ -54,16 +54,18 @@ def shifted(word, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def window(words, PARTS: tl.constexpr):
-    """One window of a lane: whole codes, and bits of no meaning between them. ``PARTS``: see ``layout.windows``."""
-    found = shifted(words[PARTS[0][0]], PARTS[0][1])
+def window(words, W: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr):
+    """Window ``W`` of a lane: whole codes, and bits of no meaning between them. ``PARTS``: see ``layout.windows``."""
+    own: tl.constexpr = W * PLANES * 3
+    found = shifted(words[PARTS[own]], PARTS[own + 1])
     # Each further plane fills all that the ones before it left: a bit-select is one instruction, and a code is masked
     # out of the window anyway.
-    if len(PARTS) > 1:
-        found = (found & PARTS[0][2]) | (shifted(words[PARTS[1][0]], PARTS[1][1]) & (0xFFFFFFFF ^ PARTS[0][2]))
-    if len(PARTS) > 2:
-        keep: tl.constexpr = PARTS[0][2] | PARTS[1][2]
-        found = (found & keep) | (shifted(words[PARTS[2][0]], PARTS[2][1]) & (0xFFFFFFFF ^ keep))
+    if PLANES > 1:
+        keep: tl.constexpr = PARTS[own + 2]
+        found = (found & keep) | (shifted(words[PARTS[own + 3]], PARTS[own + 4]) & (0xFFFFFFFF ^ keep))
+    if PLANES > 2:
+        both: tl.constexpr = PARTS[own + 2] | PARTS[own + 5]
+        found = (found & both) | (shifted(words[PARTS[own + 6]], PARTS[own + 7]) & (0xFFFFFFFF ^ both))
     return found
 
 

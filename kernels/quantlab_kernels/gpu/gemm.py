@@ -24,6 +24,7 @@ def gemm(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, powers_ptr, bias_ptr, y_ptr,
     rows, columns, out_features, quads, groups, x_stride, y_stride, split_stride, chunk, magic, factor,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
+    PLANES: tl.constexpr, WINDOWS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
@@ -49,7 +50,9 @@ def gemm(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     own = tl.minimum(n, out_features - 1)
-    own_x = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride
+    own_x = x_ptr + m.to(tl.int64)[:, None] * x_stride
+    # Rows that are not there are not read: all programs read all activations, and out of one part of the cache.
+    there = (m < rows)[:, None]
     own_words = words_ptr + own.to(tl.int64)[:, None] * (WORDS * lanes)
     table = load_table(table_ptr, magic, DECODE, ASM)
     if GROUP_UNITS:
@@ -71,14 +74,14 @@ def gemm(
             zero = tl.broadcast_to(row_zero, [BN, BL])
         element = lane0 * 2 + tl.arange(0, 2 * BL)
         start = element // (2 * UNIT_LANES) * (UNIT_LANES * LANE) + element % (2 * UNIT_LANES)
-        for w in tl.static_range(len(PARTS)):
-            win = window(words, PARTS[w])
+        for w in tl.static_range(WINDOWS):
+            win = window(words, w, PARTS, PLANES)
             decoded = weights(
                 win, scale, zero, table, magic, DTYPE, DECODE, BITS, WIDTH, OFFSET, ZEROS, GROUP_UNITS > 0, ASM
             )
             for j in tl.static_range(PAIRS):
                 column = start + (w * PAIRS + j) * (2 * UNIT_LANES)
-                x = load(own_x + column[None, :], None if FULL else (column < columns)[None, :])
+                x = load(own_x + column[None, :], there if FULL else there & (column < columns)[None, :])
                 weight = tl.reshape(tl.join(decoded[2 * j], decoded[2 * j + 1]), [BN, 2 * BL])
                 if UPCAST:
                     sums += tl.dot(weight.to(tl.float32), tl.trans(x.to(tl.float32)), input_precision="ieee")

@@ -26,6 +26,7 @@ def gemv(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, right_ptr, partial_ptr,
     columns, out_features, quads, groups, x_stride, chunk, right_columns, blocks, outputs, magic, factor, fold,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
+    PLANES: tl.constexpr, WINDOWS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
     FULL: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
@@ -53,7 +54,7 @@ def gemv(
         _rows_of_codes(
             x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, partial_ptr,
             columns, out_features, lanes, groups, x_stride, block * BN, split * share, share, outputs,
-            magic, factor, fold, BITS, WIDTH, LANE, WORDS, PARTS, DECODE, OFFSET, SCALED, ASM,
+            magic, factor, fold, BITS, WIDTH, LANE, WORDS, PARTS, PLANES, WINDOWS, DECODE, OFFSET, SCALED, ASM,
             UNIT_LANES, GROUP_UNITS, ZEROS, FOLD, FULL, ROWS, BN, BL,
         )  # fmt: skip
     elif RANK:
@@ -68,6 +69,7 @@ def _rows_of_codes(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, table_ptr, partial_ptr,
     columns, out_features, lanes, groups, x_stride, first_row, first_lane, share, outputs, magic, factor, fold,
     BITS: tl.constexpr, WIDTH: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr,
+    PLANES: tl.constexpr, WINDOWS: tl.constexpr,
     DECODE: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
     UNIT_LANES: tl.constexpr, GROUP_UNITS: tl.constexpr, ZEROS: tl.constexpr, FOLD: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
@@ -92,8 +94,8 @@ def _rows_of_codes(
         start = element // (2 * UNIT_LANES) * (UNIT_LANES * LANE) + element % (2 * UNIT_LANES)
         step = ()
         totals = ()
-        for w in tl.static_range(len(PARTS)):
-            decoded = values(window(words, PARTS[w]), table, magic, DECODE, BITS, WIDTH, SCALED, OFFSET, ASM)
+        for w in tl.static_range(WINDOWS):
+            decoded = values(window(words, w, PARTS, PLANES), table, magic, DECODE, BITS, WIDTH, SCALED, OFFSET, ASM)
             for j in tl.static_range(PAIRS):
                 column = start + (w * PAIRS + j) * (2 * UNIT_LANES)
                 products = ()

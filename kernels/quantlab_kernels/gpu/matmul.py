@@ -6,18 +6,11 @@ import weakref
 from typing import NamedTuple
 
 import torch
-import triton
 
-from quantlab_kernels.gpu.configs import Config, GemmConfig, GemvConfig, device_of, shares
-from quantlab_kernels.gpu.gemm import gemm, gemm_constants
-from quantlab_kernels.gpu.gemv import gemv, gemv_constants, reduce
-from quantlab_kernels.gpu.tune import best, tune
+from quantlab_kernels.gpu import tune
+from quantlab_kernels.gpu.configs import Config, device_of
+from quantlab_kernels.gpu.plans import plan_for
 from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, prepare
-
-MAGIC = 0x4B000000  # 2^23 as a float32
-REDUCE_ROWS = 256
-_REDUCE_FACTOR = 8192  # numbers of the low-rank term's factor that a program of four warps holds
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def linear(
@@ -108,17 +101,16 @@ def product(
     rows = x.reshape(-1, weight.columns)
     if rows.stride(-1) != 1 or rows.data_ptr() % 16 or rows.stride(0) % 8:
         rows = rows.contiguous()
-    y = torch.empty(len(rows), weight.out_features, dtype=dtype or x.dtype, device=x.device)
-    if len(rows):
-        device, layout = device_of(x.device), weight.kind.layout
-        if config is None:
-            config, splits = best(device, weight.kind.format, layout, weight.out_features, len(rows))
-        splits = splits or shares(device, config, layout, weight.out_features, len(rows))
+    count, stride = rows.shape[0], rows.stride(0)
+    y = torch.empty(count, weight.out_features, dtype=dtype or x.dtype, device=x.device)
+    if count:
+        key = (count, stride, x.dtype, y.dtype, config, splits, tune.version)
+        plan = weight.plans.get(key)
+        if plan is None:
+            plan = plan_for(weight, count, stride, x.dtype, y.dtype, config, splits)
+            weight.keep(key, plan)
         with torch.cuda.device_of(rows):  # Triton launches on the current device
-            if isinstance(config, GemvConfig):
-                _gemv(rows, weight, y, config, splits)
-            else:
-                _gemm(rows, weight, y, config, splits)
+            plan(rows, y)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -129,71 +121,4 @@ def tune_product(x: torch.Tensor, weight: GpuWeight) -> tuple[Config, int]:
     def run(config: Config, splits: int) -> torch.Tensor:
         return product(rows, weight, config=config, splits=splits)
 
-    return tune(rows, weight, run, device_of(x.device))
-
-
-def _share(weight: GpuWeight, block_lanes: int, splits: int) -> tuple[int, int, bool]:
-    """Lanes of a share, how many shares there are, and whether all tiles are full."""
-    layout = weight.kind.layout
-    steps = triton.cdiv(layout.lanes, block_lanes)
-    each = triton.cdiv(steps, splits)
-    full = layout.lanes % block_lanes == 0 and weight.columns * layout.unit_lanes == layout.lanes * layout.unit
-    return each * block_lanes, triton.cdiv(steps, each), full
-
-
-def _gemv(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemvConfig, splits: int) -> None:
-    device = device_of(x.device)
-    chunk, splits, full = _share(weight, config.block_lanes, splits)
-    asm = device.architecture.startswith("sm_")
-    reading, table = weight.reading(x.dtype, dense=False, registers=asm)
-    left, right = weight.factors(x.dtype) if weight.rank else (x, x)
-    rows, outputs = len(x), weight.out_features + weight.rank
-    blocks = triton.cdiv(weight.out_features, config.block_rows)
-    whole = splits == 1 and not weight.rank and weight.bias is None
-    partial = y[None] if whole else torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
-    gemv[(blocks + triton.cdiv(weight.rank, config.block_rows), splits)](
-        x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, right, partial,
-        weight.columns, weight.out_features, weight.kind.layout.lanes // 4, weight.scales.shape[1],
-        x.stride(0), chunk // 4, right.stride(0), blocks, outputs, MAGIC, reading.factor, reading.fold,
-        **gemv_constants(weight.kind, x.dtype == torch.float16, weight.rank, rows, config, full, asm),
-        **config.options, enable_fp_fusion=True,
-    )  # fmt: skip
-    if not whole:
-        _reduce(partial, weight, y, partial[:, :, weight.out_features :], left)
-
-
-def _gemm(x: torch.Tensor, weight: GpuWeight, y: torch.Tensor, config: GemmConfig, splits: int) -> None:
-    device = device_of(x.device)
-    chunk, splits, full = _share(weight, config.lanes(weight.kind.format.bits), splits)
-    asm = device.architecture.startswith("sm_")
-    reading, table = weight.reading(x.dtype, dense=True, registers=asm)
-    whole = splits == 1 and not weight.rank
-    sums = y if whole else torch.empty(splits, *y.shape, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(weight.out_features, config.block_n), triton.cdiv(len(x), config.block_m), splits)
-    gemm[grid](
-        x, weight.words, weight.scales, weight.words if weight.zeros is None else weight.zeros, table, weight.powers,
-        weight.powers if weight.bias is None else weight.bias, sums,
-        len(x), weight.columns, weight.out_features, weight.kind.layout.lanes // 4, weight.scales.shape[1],
-        x.stride(0), sums.stride(-2), 0 if whole else sums.stride(0), chunk // 4, MAGIC,
-        reading.factor,
-        **gemm_constants(weight.kind, config, full, whole and weight.bias is not None, asm, _INTERPRETED),
-        num_warps=config.warps, num_stages=config.depth(weight.kind.format.bits), enable_fp_fusion=True,
-    )  # fmt: skip
-    if not whole:
-        left, right = weight.factors(x.dtype) if weight.rank else (x, x)
-        hidden = (x @ right.T).float()[None] if weight.rank else sums
-        _reduce(sums, weight, y, hidden, left)
-
-
-def _reduce(
-    partial: torch.Tensor, weight: GpuWeight, y: torch.Tensor, hidden: torch.Tensor, left: torch.Tensor
-) -> None:
-    rank, rank_block = weight.rank, triton.next_power_of_2(max(weight.rank, 1))
-    block = max(16, min(REDUCE_ROWS, _REDUCE_FACTOR // rank_block))
-    reduce[(triton.cdiv(weight.out_features, block), len(y))](
-        partial, hidden, weight.powers if weight.bias is None else weight.bias, left, y,
-        weight.out_features, partial.stride(-2), hidden.stride(-2), len(y), y.stride(0), left.stride(0),
-        SPLITS=len(partial), HIDDEN_SPLITS=len(hidden), BIAS=weight.bias is not None,
-        RANK=rank, RANK_BLOCK=rank_block, BN=block,
-        num_warps=4,
-    )  # fmt: skip
+    return tune.tune(rows, weight, run, device_of(x.device))

@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab_kernels.gpu.configs import Config, Device, GemmConfig, GemvConfig, candidates, choose, shares
+from quantlab_kernels.gpu.configs import Config, Device, GemmConfig, GemvConfig, PanelConfig, candidates, choose, shares
 from quantlab_kernels.gpu.formats import Format
 from quantlab_kernels.gpu.layout import Layout
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from quantlab_kernels.gpu.weight import GpuWeight
 
-_KINDS: dict[str, type[GemvConfig] | type[GemmConfig]] = {"gemv": GemvConfig, "gemm": GemmConfig}
+_KINDS: dict[str, type[Config]] = {"gemv": GemvConfig, "gemm": GemmConfig, "panel": PanelConfig}
 _SPLITS = (1, 2, 4, 8)
+
+version = 0  # of what is known: goes up when something was tuned
 
 
 def cache_path() -> Path:
@@ -75,8 +77,9 @@ def tune(
         time = do_bench
     format, layout, outputs, rows = weight.kind.format, weight.kind.layout, weight.out_features, len(x)
     timed = {}
-    for config in candidates(device.architecture, format, rows):
-        for splits in {shares(device, config, layout, outputs, rows), *_SPLITS}:
+    for config in candidates(device, format, outputs, rows):
+        several = () if isinstance(config, PanelConfig) else _SPLITS
+        for splits in {shares(device, config, layout, outputs, rows), *several}:
             timed[config, splits] = time(partial(run, config, splits))
     fastest = min(timed, key=lambda found: timed[found])
     _write(cache_path(), key(device, format, layout, outputs, rows), fastest)
@@ -101,10 +104,12 @@ def _config(entry: dict[str, Any]) -> tuple[Config, int]:
 def _write(path: Path, name: str, found: tuple[Config, int]) -> None:
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config, splits = found
-    kernel = "gemv" if isinstance(config, GemvConfig) else "gemm"
+    kernel = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
     entries[name] = {"kernel": kernel, "config": asdict(config), "splits": splits}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     beside.replace(path)
     _read.cache_clear()
+    global version
+    version += 1

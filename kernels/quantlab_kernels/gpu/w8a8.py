@@ -48,7 +48,7 @@ def gemm_w8a8(
             live = (k < columns - start)[None, :]
             left, right = tl.load(w + start, mask=live, other=0.0), tl.load(x + start, mask=live, other=0.0)
         if INTEGER:
-            sums = tl.dot(left, tl.trans(right), sums)
+            sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
         else:
             sums = tl.dot(left, tl.trans(right), sums, max_num_imprecise_acc=128)
     y = sums.to(tl.float32) * tl.load(x_scales_ptr + m, mask=m < rows, other=0.0)[None, :]
@@ -130,7 +130,7 @@ def product_w8a8(
             codes, weight, scales.float(), weight_scales.float(), scales if bias is None else bias, y,
             rows, columns, len(weight), codes.stride(0), weight.stride(0), y.stride(0),
             **w8a8_constants(config, codes.dtype == torch.int8, columns % config.block_k == 0, bias is not None),
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

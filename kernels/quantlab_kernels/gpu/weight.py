@@ -13,6 +13,10 @@ from quantlab_kernels.gpu.layout import Layout, lane_width, lane_words, to_gpu_l
 from quantlab_kernels.packing import pack, unpack
 from quantlab_kernels.planes import to_patterns
 
+_MOST_PLANS = 256
+# Largest weights of a row that a dtype has room for, from and to, and those that are as good as zero (in float16, whose
+# activations are at most 2^16, and results at least 2^-24).
+_ROOM = {torch.float16: (2.0**-8, 2.0**14, 2.0**-60), torch.bfloat16: (2.0**-100, 2.0**100, 0.0)}
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PATTERNS = {E3M2: (3, 2), E2M3: (2, 3)}
 
@@ -46,12 +50,16 @@ class Kind:
     def constants(self) -> dict[str, Any]:
         """The ``tl.constexpr`` arguments that GEMV and GEMM share."""
         bits = self.format.bits
+        found = windows(bits)
         return {
             "BITS": bits,
             "WIDTH": window_width(bits),
             "LANE": lane_width(bits),
             "WORDS": lane_words(bits),
-            "PARTS": tuple(tuple(tuple(part) for part in parts) for parts in windows(bits)),
+            # Flat: Triton before 3.7 takes no tuples of tuples.
+            "PARTS": tuple(number for parts in found for part in parts for number in part),
+            "PLANES": len(found[0]),
+            "WINDOWS": len(found),
             "DECODE": self.format.decode,
             "OFFSET": self.format.offset,
             "UNIT_LANES": self.layout.unit_lanes,
@@ -117,6 +125,33 @@ class GpuWeight:
             table = reading.table if registers or self.kind.format.decode != TABLE16 else reading.twin
             self._readings[key] = reading, self.words if table is None else table.to(self.words.device)
         return self._readings[key]
+
+    @cached_property
+    def plans(self) -> dict[Any, Any]:
+        """How products with it are carried out, see :mod:`quantlab_kernels.gpu.plans`."""
+        return {}
+
+    def keep(self, key: Any, plan: Any) -> None:
+        """Remember a plan. Who asks for products of ever other numbers of rows does not fill the memory with them."""
+        if len(self.plans) >= _MOST_PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
+
+    @cached_property
+    def _fits(self) -> dict[torch.dtype, bool]:
+        return {}
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether weights can be held in ``dtype`` without loss beyond its precision. Waits for the device, once.
+
+        Float16 has no room for a row whose largest weight is far below 1; where it is so far below that its products
+        vanish, that is no loss.
+        """
+        if dtype not in self._fits:
+            power = self.powers[1]
+            low, high, vanishing = _ROOM[dtype]
+            self._fits[dtype] = bool((((power >= low) & (power <= high)) | (power <= vanishing)).all())
+        return self._fits[dtype]
 
     @cached_property
     def _factors(self) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:

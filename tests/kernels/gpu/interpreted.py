@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from quantlab_kernels.gpu import matmul, w8a8
-from quantlab_kernels.gpu.configs import GemmConfig, GemvConfig, W8A8Config
+from quantlab_kernels.gpu import matmul, plans, w8a8
+from quantlab_kernels.gpu.configs import GemmConfig, GemvConfig, PanelConfig, W8A8Config
 from quantlab_kernels.gpu.weight import prepare
 from quantlab_kernels.packing import pack
 from quantlab_kernels.reference import quantized_linear
@@ -153,6 +153,36 @@ def test_groups_and_inputs_that_are_no_multiple_of_a_tile(columns, groups, confi
             continue
         subject, x = layer(name, 5, columns, groups, zeros=True), activations(1, columns, torch.float16)
         assert_near(subject.product(x, config), subject.exact(x), tolerance(name, config, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f16", "bf16"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_panels_of_every_format(name, dtype, monkeypatch):
+    """Three panels, the last of them shorter, written into columns of the result."""
+    monkeypatch.setattr(plans, "PANEL_BYTES", 8 * 2 * 256)
+    subject, x = layer(name, 20, bias=True, rank=3, zeros=name == "int4", dtype=dtype), activations(5, 256, dtype)
+    y = subject.product(x, PanelConfig(8, 32, 1), dtype=dtype)
+    assert_near(y, subject.exact(x), 4 * HALF_UNIT[dtype])
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(100, 1), (36, 1), (320, 10), (1024, 2), (256, 8)])
+def test_panels_of_groups_and_inputs_that_are_no_multiple_of_a_tile(columns, groups):
+    for name in ("int4", "int3", "e3m2"):
+        if columns // groups % 32 and groups > 1:
+            continue
+        subject, x = layer(name, 5, columns, groups, zeros=True), activations(3, columns, torch.float16)
+        y = subject.product(x, PanelConfig(4, 8, 1), dtype=torch.float16)
+        assert_near(y, subject.exact(x), 3 * HALF_UNIT[torch.float16])
+
+
+def test_weights_that_float16_has_no_room_for_are_not_put_into_panels():
+    """A row of 1e-4 would lose its digits as a subnormal number; the GEMM takes a power of two out of it."""
+    subject, x = layer("int4"), activations(3, 256, torch.float16)
+    subject.scales[3] = 1e-6
+    y = subject.product(x, PanelConfig(8, 32, 1), dtype=torch.float16).double()
+    exact, size = subject.exact(x)
+    allowed = 2 * HALF_UNIT[torch.float16] * size + 2.0**-25  # of the smallest numbers there are
+    assert bool(((y - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 33, 64, 300])

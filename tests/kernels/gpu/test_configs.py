@@ -17,6 +17,7 @@ from quantlab_kernels.gpu.configs import (
     Device,
     GemmConfig,
     GemvConfig,
+    PanelConfig,
     candidates,
     choose,
     choose_w8a8,
@@ -32,12 +33,22 @@ INT4 = Format(4, INTEGER, -8)
 SMALL = Layout.of(4, 4096, 32)
 
 
-def test_one_row_is_a_gemv_and_more_are_a_gemm():
+def test_one_row_is_a_gemv_several_are_a_gemm_and_many_are_panels():
     assert isinstance(choose(H100, INT4, SMALL, 4096, 1)[0], GemvConfig)
-    for rows in (2, 16, 17, 64, 65, 4096):
+    for rows in (2, 16, 17, 64):
         config, _ = choose(H100, INT4, SMALL, 4096, rows)
         assert isinstance(config, GemmConfig)
-        assert config.block_m >= min(rows, 64)
+        assert config.block_m >= rows
+    for rows in (65, 4096):
+        assert isinstance(choose(H100, INT4, SMALL, 4096, rows)[0], PanelConfig)
+
+
+@pytest.mark.parametrize("outputs", [64, 576, 4096, 11008, 100_000])
+def test_fewer_outputs_are_cut_into_more_programs(outputs):
+    config, splits = choose(H100, INT4, SMALL, outputs, 1)
+    programs = outputs / config.block_rows
+    assert config.block_rows in (1, 8) or programs >= 7 * H100.multiprocessors
+    assert programs * splits >= min(2 * H100.multiprocessors - outputs, 7 * H100.multiprocessors) or splits == 8
 
 
 @pytest.mark.parametrize(
@@ -63,12 +74,16 @@ def test_shares_give_work_to_all_and_are_not_more_than_there_are_steps(
     architecture, bits, decode, columns, outputs, rows
 ):
     layout = Layout.of(bits, columns, 1)
-    for config in candidates(architecture, Format(bits, decode), rows):
-        count = shares(Device(architecture, 100), config, layout, outputs, rows)
+    device = Device(architecture, 100)
+    for config in candidates(device, Format(bits, decode), outputs, rows):
+        count = shares(device, config, layout, outputs, rows)
+        if isinstance(config, PanelConfig):
+            assert count == 1
+            continue
         lanes = config.block_lanes if isinstance(config, GemvConfig) else config.lanes(bits)
         assert 1 <= count <= -(-layout.lanes // lanes)
-        partial = count * rows * outputs * 8
-        assert count == 1 or partial <= outputs * columns * bits / 8 / 8
+        if isinstance(config, GemmConfig):
+            assert count == 1 or count * rows * outputs * 8 <= outputs * columns * bits / 8
 
 
 def test_a_step_is_what_tensor_cores_take():
@@ -117,7 +132,7 @@ def test_the_fastest_is_kept_and_found_again(file):
         return (type(config) is GemvConfig) * 10 + abs(splits - 2)
 
     found = tune.tune(torch.zeros(1, 4096), weight(), run, H100, time=lambda call: ran.append(call()) or float(ran[-1]))
-    assert found == (candidates("sm_90", INT4, 1)[1], 2)
+    assert found == (next(c for c in candidates(H100, INT4, 64, 1) if isinstance(c, GemmConfig)), 2)
     assert len(ran) >= 8
     (name,) = json.loads(file.read_text())
     assert name == "sm_90/132/integer4/64x4096u128/1"

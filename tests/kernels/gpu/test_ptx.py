@@ -97,7 +97,7 @@ def test_the_two_halves_of_a_word():
 
 
 def test_no_lane_is_zero_for_every_lane():
-    from quantlab_kernels.gpu.matmul import MAGIC
+    from quantlab_kernels.gpu.plans import MAGIC
 
     assert {run(decode.NO_LANE.value, 1, [MAGIC], lane)[0] for lane in range(32)} == {0}
 

@@ -134,7 +134,8 @@ _ALL_REGISTERS = {2: GemvConfig(8, 128, 255), 3: GemvConfig(4, 128, 255), 4: Gem
                   7: GemvConfig(4, 128, 255), 8: GemvConfig(8, 128, 255)}  # fmt: skip
 
 TABLES = {
-    "sm_80": _WARP_TENSOR_CORES,
+    # Where codes of 8 bits would spill in the tile of the others.
+    "sm_80": replace(_WARP_TENSOR_CORES, gemm=_WARP_TENSOR_CORES.gemm | {16: GemmConfig(16, 32, 128, 1, 3)}),
     "sm_89": _WARP_TENSOR_CORES,
     "sm_90": _TILE_TENSOR_CORES,
     "sm_100": replace(_TILE_TENSOR_CORES, gemv=_ALL_REGISTERS),

@@ -31,7 +31,8 @@ ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
 SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "layer_speed", "model_shape", "prediction")}
 API = SPEED | {
-    f"quantlab.{part}" for part in ("formats", "inspection", "evaluation", "variants", "comparison", "sweep")
+    f"quantlab.{part}"
+    for part in ("formats", "inspection", "evaluation", "variants", "comparison", "planning", "sweep")
 }
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
@@ -48,12 +49,13 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.nn": MODEL - {"quantlab.nn"},
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
-    "quantlab.allocation": ENGINE | {"quantlab.engine"},
+    "quantlab.allocation": ENGINE | {"quantlab.engine", "quantlab.variants"},
     "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,
     "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},
     "quantlab.comparison": TOP | {"quantlab.variants"},
+    "quantlab.planning": TOP | SPEED | {"quantlab.evaluation", "quantlab.variants"},
     "quantlab.benchmark": TOP | {"quantlab.layer_speed"},
     "quantlab.devices": {"quantlab.errors", "quantlab_evals"},
     "quantlab.layer_speed": TOP,

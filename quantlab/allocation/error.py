@@ -1,0 +1,110 @@
+"""Sensitivity ``error``: the squared error of each layer's output, times how much of it is felt at the model's end.
+
+One pass over the calibration text takes the second moments of all inputs; every candidate is solved by its own method
+(GPTQ's error is GPTQ's, not round-to-nearest's) on some rows of each layer. One backward pass over a little of the text
+gives the coefficients (:mod:`quantlab.allocation.curvature`), or noise does, or all layers count alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+from quantlab.allocation.curvature import coefficients
+from quantlab.allocation.sensitivity import NATS, Sensitivity, Unit
+from quantlab.allocation.task import Task
+from quantlab.engine.architecture import OUTSIDE
+from quantlab.engine.progress import Silent
+from quantlab.engine.survey import Measured, Survey
+from quantlab.errors import PreflightError
+
+# Text that second moments are taken over, rows of a layer that each candidate is solved for, and text that gradients
+# are taken over: with more, plans stay the same.
+TOKENS, ROWS, GRADIENT_TOKENS = 16384, 64, 4096
+_GRADIENT_LENGTH = 256
+COEFFICIENTS = ("gradient", "none")
+
+
+def measure(task: Task) -> Sensitivity:
+    """Errors of all layers under all candidates, weighted.
+
+    Options: ``coefficients``: ``gradient``, or ``none``, which needs no more memory than one block; ``rows`` of a layer
+    that are solved.
+
+    Raises:
+        PreflightError: no candidate can be carried out; memory cannot hold the model for gradients.
+    """
+    how = task.options.get("coefficients", COEFFICIENTS[0])
+    if how not in COEFFICIENTS:
+        raise PreflightError(f"coefficients {how!r}: use one of {', '.join(COEFFICIENTS)}")
+    rows = task.options.get("rows", ROWS)
+    if type(rows) is not int or rows < 1:
+        raise PreflightError(f"rows {rows!r}: use a whole number, at least 1")
+    measured, groups, refused = survey(task, rows)
+    weights = _coefficients(task) if how == "gradient" else None
+    units = []
+    for name in task.names:
+        losses, errors = np.full(len(task.candidates), math.inf), np.full(len(task.candidates), math.inf)
+        losses[task.kept] = errors[task.kept] = 0.0
+        for number, found in measured[name].items():
+            errors[number] = found.report.error
+            # What an embedding returns for a token is one row of it.
+            scale = found.energy / found.report.shape[0] if name in task.architecture.embeddings else found.energy
+            losses[number] = found.report.error * (1 if weights is None else weights[name] * scale)
+        units.append(Unit((name,), tuple(losses.tolist()), tuple(errors.tolist())))
+    return Sensitivity(
+        method="error",
+        unit=NATS if weights is not None else "relative squared error of outputs, summed over layers",
+        candidates=task.candidates,
+        units=tuple(units),
+        groups=tuple(groups),
+        notes=tuple(f"{task.candidates[number].name}: left out: {reason}" for number, reason in refused.items()),
+    )
+
+
+def survey(
+    task: Task, rows: int | None
+) -> tuple[dict[str, dict[int, Measured]], list[tuple[str, ...]], dict[int, str]]:
+    """Each layer under each candidate, by number; layers that share an input; candidates that were refused."""
+    if not task.plans:
+        return {name: {} for name in task.names}, [(name,) for name in task.names], {}
+    numbers = list(task.plans)
+    tokens = task.tokens[: max(1, TOKENS // task.tokens.shape[1])]
+    batches = list(tokens.split(max(1, 1024 // tokens.shape[1])))
+    ways = [dict(task.plans[number]) for number in numbers]
+    progress = _Blocks(task)
+    skeleton = task.source.skeleton()
+    run = Survey(task.source, skeleton, task.architecture, ways, batches, progress, rows)
+    found = run.execute()
+    by_layer: dict[str, dict[int, Measured]] = {name: {} for name in task.names}
+    for entry in found:
+        by_layer[entry.report.layer][numbers[entry.plan]] = entry
+    return by_layer, run.groups, {numbers[place]: reason for place, reason in run.refused.items()}
+
+
+def _coefficients(task: Task) -> dict[str, float]:
+    model = task.model(twice=True)
+    length = min(_GRADIENT_LENGTH, task.tokens.shape[1])
+    tokens = task.tokens[: max(1, GRADIENT_TOKENS // length), :length]
+    return coefficients(model, list(task.names), tokens, tell=task.tell)
+
+
+class _Blocks(Silent):
+    """Tells of blocks."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._order: Sequence[str] = [*task.architecture.blocks, OUTSIDE]
+
+    def block(self, name: str) -> None:
+        """A block is being loaded."""
+        if name != OUTSIDE:
+            ways = len(self._task.plans)
+            done, total = self._order.index(name), len(self._order) - 1
+            self._task.tell(done, total, f"{name} under {ways} candidates")
+
+
+__all__ = ["COEFFICIENTS", "measure", "survey"]

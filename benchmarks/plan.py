@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py MODEL --calibrate wikitext2.valid.txt --measure wikitext2.test.txt --record plans.jsonl
 
-At each budget (average width of the codes, in groups of 64; the plan gets the bytes of the uniform recipe, of 3.5 the mean
-of 3 and 4): uniform, first and last blocks higher, down_proj higher, and the plan. One line of JSON a run is appended to
-the record; what is there already is not run again, so that a killed run goes on. The end is a table and the verdicts.
+At each budget (average width of the codes, in groups of 64; the plan gets the bytes of the uniform recipe, at 3.5 the
+mean of 3 and 4): uniform, first and last blocks higher, down_proj higher, and the plan. One line of JSON a run is
+appended to the record; what is there already is not run again, so that a killed run goes on. The end is a table and the
+verdicts.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def planned(chosen: argparse.Namespace, overrides: list[str], method: str, budge
     formats = [candidate.scheme.format for candidate in planning.task.candidates]
 
     def uniform(bits: int) -> float:
-        return sum(float(costs[formats.index(f"int{bits}")]) for costs in planning.costs.values())
+        return sum(float(costs[formats.index(f"int{bits}")]) for costs in planning.bytes.values())
 
     limit = uniform(int(budget)) if budget == int(budget) else (uniform(int(budget)) + uniform(int(budget) + 1)) / 2
     found = planning.solve(quantlab.allocation.budget.Budget("bits", 8 * limit / weights))
@@ -156,7 +157,9 @@ def report(lines: list[dict[str, Any]], budgets: list[float]) -> None:
             rivals = [line["ppl"] for line in at if not line["name"].startswith("plan")]
             rivals += [uniform[3.0]] if budget == 3.5 and 3.0 in uniform else []
             for line in plans:
-                said = f"{line['name']} {'beats' if rivals and line['ppl'] < min(rivals) else 'does not beat'} the others"
+                said = (
+                    f"{line['name']} {'beats' if rivals and line['ppl'] < min(rivals) else 'does not beat'} the others"
+                )
                 if budget == 3.5 and {3.0, 4.0} <= set(uniform):
                     closed = (uniform[3.0] - line["ppl"]) / (uniform[3.0] - uniform[4.0])
                     said += f", and closes {closed:.0%} of the gap between uniform 3 and 4 bits"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from quantlab.allocation import SENSITIVITIES, sensitivity_called
 from quantlab.allocation.budget import Budget, parse_budget
 from quantlab.allocation.choices import Choices, InfeasibleError
+from quantlab.allocation.costs import BYTES, CODES, Costs
 from quantlab.allocation.items import agreeing
 from quantlab.allocation.plan import Option, Plan, PlannedItem
 from quantlab.allocation.sensitivity import NATS, VERSION, Sensitivity, read, write
@@ -112,7 +113,7 @@ class Planning:
         base: the recipe.
         method: of the sensitivity.
         items: layers that agree.
-        costs: bytes of each layer under each candidate.
+        bytes: of each layer under each candidate.
         fixed_bytes: of everything that takes no part.
         file: where the sensitivity is kept.
         identity: what it depends on.
@@ -124,7 +125,7 @@ class Planning:
     base: Recipe
     method: str
     together: bool
-    costs: Mapping[str, np.ndarray]
+    bytes: Mapping[str, np.ndarray]
     fixed_bytes: int
     file: Path
     identity: Mapping[str, Any]
@@ -147,18 +148,28 @@ class Planning:
         write(self.file, found)
         return found, False
 
+    def costs_for(self, budget: Budget) -> Costs:
+        """What a budget limits, of each layer under each candidate; for one of loss, bytes."""
+        weights = self.task.weights()
+        if budget.kind == "code-bits":
+            bits = np.array(self.task.bits) / 8
+            codes = {
+                name: np.where(np.isfinite(size), bits * weights[name], math.inf) for name, size in self.bytes.items()
+            }
+            return Costs(CODES, codes, weights=sum(weights.values()))
+        return Costs(BYTES, self.bytes, weights=sum(weights.values()), fixed=self.fixed_bytes)
+
     def check(self, budget: Budget) -> None:
         """Refuse what cannot be before anything is measured.
 
         Raises:
             InfeasibleError: sizes alone say that it is below what the smallest candidates take.
-            RecipeError: a budget that needs a prediction of the loss, of a sensitivity that only orders.
         """
-        if budget.kind in ("bits", "code-bits", "bytes"):
-            least = sum(float(costs.min()) for costs in self._costs(budget).values())
-            limit = self._limit(budget)
-            if least > limit:
-                raise InfeasibleError(self._infeasible(budget, least), self._in_units(budget, least))
+        if not budget.of_loss:
+            costs = self.costs_for(budget)
+            least = sum(float(of_layer.min()) for of_layer in costs.by_layer.values())
+            if least > costs.limit(budget):
+                raise costs.infeasible(budget, least)
 
     def solve(self, budget: Budget, solver: str = "auto") -> Plan:
         """A plan for a budget; measures if nobody has.
@@ -169,23 +180,23 @@ class Planning:
         sensitivity, cached = self.measured()
         items = sensitivity_items(sensitivity, self.task, self.together)
         losses = sensitivity.of_items(items)
-        by_layer = self._costs(budget)
-        costs = np.stack([sum(by_layer[name] for name in members) for members in items])
-        losses = np.where(np.isfinite(costs), losses, math.inf)
-        choices = Choices(losses, np.nan_to_num(costs, posinf=0.0), sensitivity.pairs_of_items(items))
+        costs = self.costs_for(budget)
+        found = costs.of_items(items)
+        losses = np.where(np.isfinite(found), losses, math.inf)
+        choices = Choices(losses, np.nan_to_num(found, posinf=0.0), sensitivity.pairs_of_items(items))
         solve = solver_called(solver)
         if budget.of_loss:
             chosen = self._within_loss(budget, choices, sensitivity, solve)
         else:
             try:
-                chosen = solve(choices, self._limit(budget))
+                chosen = solve(choices, costs.limit(budget))
             except InfeasibleError as error:
-                raise InfeasibleError(self._infeasible(budget, error.least), error.least) from error
+                raise costs.infeasible(budget, error.least) from error
         own = float(choices.losses[np.arange(len(items)), list(chosen)].sum())
         return Plan(
             model=self.model,
             budget=str(budget),
-            cost_unit="bytes of codes" if budget.kind == "code-bits" else "bytes",
+            cost_unit=costs.unit,
             method=self.method,
             unit=sensitivity.unit,
             items=self._items(items, chosen, choices),
@@ -202,60 +213,23 @@ class Planning:
     def _items(
         self, items: Sequence[tuple[str, ...]], chosen: Sequence[int], choices: Choices
     ) -> tuple[PlannedItem, ...]:
-        weights = self.task.weights()
+        weights, every = self.task.weights(), Costs(BYTES, self.bytes).of_items(items)
         planned = []
         for number, members in enumerate(items):
-            sizes = sum(self.costs[name] for name in members)
             possible = [k for k in range(len(self.task.candidates)) if math.isfinite(choices.losses[number, k])]
             options = tuple(
                 Option(
                     candidate=self.task.candidates[k].name,
                     loss=float(choices.losses[number, k]),
                     cost=float(choices.costs[number, k]),
-                    bytes=int(sizes[k]),
-                    bits=self._bits(k),
+                    bytes=int(every[number, k]),
+                    bits=self.task.bits[k],
                 )
                 for k in possible
             )
             count = sum(weights[name] for name in members)
             planned.append(PlannedItem(members, count, possible.index(chosen[number]), options))
         return tuple(planned)
-
-    def _bits(self, candidate: int) -> int:
-        scheme = self.task.candidates[candidate].scheme
-        return 8 * self.task.source.dtype.itemsize if scheme.keeps else scheme.bits
-
-    def _costs(self, budget: Budget) -> Mapping[str, np.ndarray]:
-        """Of each layer under each candidate, in the unit that the budget limits."""
-        if budget.kind != "code-bits":
-            return self.costs
-        bits = np.array([self._bits(k) for k in range(len(self.task.candidates))]) / 8
-        weights = self.task.weights()
-        return {name: np.where(np.isfinite(costs), bits * weights[name], math.inf) for name, costs in self.costs.items()}
-
-    def _limit(self, budget: Budget) -> float:
-        """Of the layers that take part, in bytes."""
-        if budget.kind == "bytes":
-            return budget.limit - self.fixed_bytes
-        return budget.limit * sum(self.task.weights().values()) / 8
-
-    def _in_units(self, budget: Budget, least: float) -> float:
-        """The smallest limit that can be kept, as the budget counts."""
-        if budget.kind == "bytes":
-            return least + self.fixed_bytes
-        return 8 * least / sum(self.task.weights().values())
-
-    def _infeasible(self, budget: Budget, least: float) -> str:
-        smallest = replace(budget, limit=self._in_units(budget, least))
-        unit = {"bits": "bits", "code-bits": "code-bits", "bytes": "B"}[budget.kind]
-        rounded = math.ceil(smallest.limit) if budget.kind == "bytes" else math.ceil(smallest.limit * 1000) / 1000
-        most = sum(float(costs[np.isfinite(costs)].max()) for costs in self._costs(budget).values())
-        fixed = f", {self.fixed_bytes:,} of them for what takes no part" if budget.kind == "bytes" else ""
-        return (
-            f"budget {budget}: these candidates take at least {rounded}{unit}{fixed}, and at most "
-            f"{self._in_units(budget, most):.10g}{unit}; ask for as much, or add a smaller candidate, for example "
-            "--candidates formats=int2,..."
-        )
 
     def _within_loss(self, budget: Budget, choices: Choices, sensitivity: Sensitivity, solve: Any) -> Sequence[int]:
         """The smallest choice within a loss: its own, or that of a recipe (L-GreCo's form, arXiv:2210.17357)."""
@@ -274,8 +248,8 @@ class Planning:
             return solve(choices.swapped(), limit)
         except InfeasibleError as error:
             raise InfeasibleError(
-                f"budget {budget}: the best candidates are predicted to lose {error.least:.4g}; ask for as much, or add "
-                "a larger candidate, or --keep, with which a layer may stay as it is",
+                f"budget {budget}: the best candidates are predicted to lose {error.least:.4g}; ask for as much, or "
+                "add a larger candidate, or --keep, with which a layer may stay as it is",
                 error.least,
             ) from error
 
@@ -312,8 +286,8 @@ def prepare_planning(
     sensitivity_called(sensitivity)
     if base.transforms:
         raise RecipeError(
-            f"recipe {base.name!r} rewrites the model ({', '.join(base.transforms)}), and sensitivities are measured on "
-            "it as it is; add --set transforms=none"
+            f"recipe {base.name!r} rewrites the model ({', '.join(base.transforms)}), and sensitivities are measured "
+            "on it as it is; add --set transforms=none"
         )
     source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
     skeleton = source.skeleton()
@@ -351,14 +325,13 @@ def prepare_planning(
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / "sensitivities" if cache is None else Path(cache)
-    costs = task.costs()
     return Planning(
         model=_model_name(model),
         task=task,
         base=base,
         method=sensitivity,
         together=together,
-        costs=costs,
+        bytes=task.bytes(),
         fixed_bytes=parameter_bytes(skeleton) - _original_bytes(task),
         file=folder / f"{sensitivity}-{digest}.json",
         identity=identity,
@@ -370,7 +343,9 @@ def sensitivity_items(sensitivity: Sensitivity, task: Task, together: bool) -> t
     """Layers that get the same scheme."""
     if together:
         return agreeing(sensitivity.groups, task.architecture, task.tied)
-    return agreeing([(name,) for group in sensitivity.groups for name in group], _unrouted(task.architecture), task.tied)
+    return agreeing(
+        [(name,) for group in sensitivity.groups for name in group], _unrouted(task.architecture), task.tied
+    )
 
 
 def _unrouted(architecture: Architecture) -> Architecture:
@@ -395,9 +370,9 @@ def _taking_part(base: Recipe, architecture: Architecture, include: Sequence[str
 
 def _original_bytes(task: Task) -> int:
     """Of the layers that take part, a shared weight counted once; an embedding that a head shares stays for it."""
-    seen = {id(weight): weight for name in task.names for weight in [task.skeleton.get_submodule(name).weight]}
+    seen = {id(task.weight(name)): task.weight(name) for name in task.names}
     everywhere = [*task.architecture.all_layers, *task.architecture.embeddings]
-    staying = {id(task.skeleton.get_submodule(name).weight) for name in everywhere if name not in task.names}
+    staying = {id(task.weight(name)) for name in everywhere if name not in task.names}
     return sum(weight.numel() * weight.element_size() for key, weight in seen.items() if key not in staying)
 
 

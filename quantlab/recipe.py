@@ -223,7 +223,9 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     for key, value in (("name", name), ("description", description)):
         if not isinstance(value, str):
             raise RecipeError(f"{key} {value!r}: use text, in quotes if need be")
-    layers, calibration, plan = ({} if data.get(key) is None else data[key] for key in ("layers", "calibration", "plan"))
+    layers, calibration, plan = (
+        {} if data.get(key) is None else data[key] for key in ("layers", "calibration", "plan")
+    )
     for key, value in (("layers", layers), ("calibration", calibration), ("plan", plan)):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{key}: expected a mapping, not {value!r}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantlab.allocation import error
+from quantlab.allocation import error, kl
 from quantlab.allocation.sensitivity import Sensitivity
 from quantlab.allocation.task import Task
 from quantlab.errors import RecipeError
 
 Measure = Callable[[Task], Sensitivity]
 
-SENSITIVITIES: dict[str, Measure] = {"error": error.measure}
+SENSITIVITIES: dict[str, Measure] = {"error": error.measure, "kl": kl.measure}
 
 
 def sensitivity_called(name: str) -> Measure:

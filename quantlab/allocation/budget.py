@@ -42,8 +42,9 @@ class Budget:
             return f"like={self.recipe}"
         if self.kind == "loss":
             return f"loss={self.limit:.4g}"
-        unit = {"bits": "bits", "code-bits": "code-bits", "bytes": "B", "seconds": "s"}[self.kind]
-        return f"{self.limit:.10g}{unit}"
+        if self.kind == "bytes":
+            return f"{self.limit / 1e6:.10g}MB"
+        return f"{1e3 * self.limit:.6g}ms" if self.kind == "seconds" else f"{self.limit:.10g}{self.kind}"
 
 
 def parse_budget(text: str | float | Budget) -> Budget:

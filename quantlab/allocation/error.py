@@ -8,10 +8,10 @@ gives the coefficients (:mod:`quantlab.allocation.curvature`), or noise does, or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-
+import torch
 
 from quantlab.allocation.curvature import coefficients
 from quantlab.allocation.sensitivity import NATS, Sensitivity, Unit
@@ -26,6 +26,8 @@ from quantlab.errors import PreflightError
 TOKENS, ROWS, GRADIENT_TOKENS = 16384, 64, 4096
 _GRADIENT_LENGTH = 256
 COEFFICIENTS = ("gradient", "none")
+
+Look = Callable[[tuple[str, ...], dict[int, dict[str, torch.Tensor]]], None]
 
 
 def measure(task: Task) -> Sensitivity:
@@ -66,9 +68,15 @@ def measure(task: Task) -> Sensitivity:
 
 
 def survey(
-    task: Task, rows: int | None
+    task: Task, rows: int | None, look: Look | None = None
 ) -> tuple[dict[str, dict[int, Measured]], list[tuple[str, ...]], dict[int, str]]:
-    """Each layer under each candidate, by number; layers that share an input; candidates that were refused."""
+    """Each layer under each candidate, by number; layers that share an input; candidates that were refused.
+
+    Args:
+        task: what is measured.
+        rows: of a layer that are solved; None: all.
+        look: shown each group's quantized weights, by candidate's number and layer.
+    """
     if not task.plans:
         return {name: {} for name in task.names}, [(name,) for name in task.names], {}
     numbers = list(task.plans)
@@ -77,7 +85,14 @@ def survey(
     ways = [dict(task.plans[number]) for number in numbers]
     progress = _Blocks(task)
     skeleton = task.source.skeleton()
-    run = Survey(task.source, skeleton, task.architecture, ways, batches, progress, rows)
+
+    def show(group: tuple[str, ...], shown: dict[int, dict[str, torch.Tensor]]) -> None:
+        if look is not None:
+            look(group, {numbers[place]: weights for place, weights in shown.items()})
+
+    run = Survey(
+        task.source, skeleton, task.architecture, ways, batches, progress, rows, show if look is not None else None
+    )
     found = run.execute()
     by_layer: dict[str, dict[int, Measured]] = {name: {} for name in task.names}
     for entry in found:
@@ -105,6 +120,3 @@ class _Blocks(Silent):
             ways = len(self._task.plans)
             done, total = self._order.index(name), len(self._order) - 1
             self._task.tell(done, total, f"{name} under {ways} candidates")
-
-
-__all__ = ["COEFFICIENTS", "measure", "survey"]

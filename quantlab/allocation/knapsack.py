@@ -41,9 +41,7 @@ def solve(choices: Choices, budget: float) -> tuple[int, ...]:
         all_costs = (costs[:, None] + own.costs).ravel()
         all_losses = (losses[:, None] + own.losses).ravel()
         possible = all_costs + rest.least_cost(stage + 1) <= budget
-        possible[possible] &= (
-            all_losses[possible] + rest.bound(stage + 1, budget - all_costs[possible]) <= best + slack
-        )
+        possible[possible] &= all_losses[possible] + rest.bound(stage + 1, budget - all_costs[possible]) <= best + slack
         kept = np.flatnonzero(possible)
         kept = kept[np.lexsort((all_losses[kept], all_costs[kept]))]
         lowest = np.minimum.accumulate(all_losses[kept])

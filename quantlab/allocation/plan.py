@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from quantlab.allocation.items import patterns
+from quantlab.allocation.sensitivity import NATS
 from quantlab.errors import RecipeError
 from quantlab.recipe import Recipe, Scheme, load_recipe
 
@@ -98,6 +99,11 @@ class Plan:
     cached: bool = False
 
     @property
+    def predicts(self) -> bool:
+        """Whether losses are nats a token, not only an order."""
+        return self.unit == NATS
+
+    @property
     def loss(self) -> float:
         """Predicted, of all items together."""
         return sum(item.got.loss for item in self.items) + self.pair_loss
@@ -130,7 +136,7 @@ class Plan:
     @cached_property
     def price(self) -> float:
         """What the next unit of cost would buy: the most loss that any one change saves a unit of cost."""
-        gains = [_rate(item.got, option) for item in self.items for option in item.options]
+        gains = [gain(item.got, option) for item in self.items for option in item.options]
         return max((gain for gain in gains if gain is not None), default=0.0)
 
     def item_of(self, layer: str) -> PlannedItem:
@@ -154,7 +160,9 @@ class Plan:
             pattern: _difference(self.schemes[self.items[number].got.candidate], self.base.default)
             for pattern, number in lines.items()
         }
-        described = f"Planned for {self.budget}: {self.bits:.2f} bits a weight, predicted loss {self.loss:.4g} ({self.unit})."
+        described = (
+            f"Planned for {self.budget}: {self.bits:.2f} bits a weight, predicted loss {self.loss:.4g} ({self.unit})."
+        )
         return replace(
             self.base,
             name=f"plan-{self.budget}",
@@ -253,79 +261,18 @@ def _from_figures(recipe: Recipe) -> Plan:
     )
 
 
-def explain(plan: Plan, layer: str) -> tuple[PlannedItem, list[str]]:
-    """Why a layer got what it got, in sentences.
-
-    Raises:
-        RecipeError: the plan has no such layer.
-    """
-    item = plan.item_of(layer)
-    got, said = item.got, []
-    if len(item.layers) > 1:
-        said.append(f"It shares its scheme with {', '.join(name for name in item.layers if name != layer)}.")
-    better = [option for option in item.options if (_rate(got, option) or 0) > 0]
-    if better:
-        best = max(better, key=lambda option: _rate(got, option) or 0)
-        rate = _rate(got, best)
-        assert rate is not None
-        said.append(
-            f"{best.candidate} would save {got.loss - best.loss:.3g} of the loss and cost {_cost(plan, best.cost - got.cost)} "
-            f"more: {rate * _scale(plan):.3g} {_per(plan)}."
-        )
-        if rate < plan.price * (1 - 1e-9):
-            first = max(plan.items, key=lambda other: max((_rate(other.got, o) or 0) for o in other.options))
-            said.append(
-                f"The same cost saves more elsewhere: up to {plan.price * _scale(plan):.3g} {_per(plan)}, in "
-                f"{first.layers[0]}."
-            )
-        else:
-            said.append("It would be the next to get more, and what the budget leaves is not enough.")
-    else:
-        said.append("No candidate would lose less here.")
-    cheaper = [option for option in item.options if option.cost < got.cost and math.isfinite(option.loss)]
-    if cheaper:
-        least = min(cheaper, key=lambda option: (option.loss - got.loss) / (got.cost - option.cost))
-        rate = (least.loss - got.loss) / (got.cost - least.cost)
-        said.append(
-            f"{least.candidate} would free {_cost(plan, got.cost - least.cost)} and lose {least.loss - got.loss:.3g} more: "
-            f"{rate * _scale(plan):.3g} {_per(plan)}"
-            + (", more than that would save anywhere else." if rate >= plan.price else ".")
-        )
-    share = got.loss / plan.loss if plan.loss > 0 else 0.0
-    said.append(
-        f"It is predicted to lose {got.loss:.3g}, {share:.1%} of the plan's, with {item.weights / plan.weights:.1%} of "
-        "its weights."
-    )
-    return item, said
-
-
-def _rate(now: Option, other: Option) -> float | None:
+def gain(now: Option, other: Option) -> float | None:
     """The loss that a change saves a unit of cost; None if it costs no more, or saves nothing."""
     if other.cost <= now.cost or not other.loss < now.loss:
         return None
     return (now.loss - other.loss) / (other.cost - now.cost)
 
 
-def _scale(plan: Plan) -> float:
-    return 1e-3 if plan.cost_unit == "seconds" else 1e6
-
-
-def _per(plan: Plan) -> str:
-    return "a millisecond" if plan.cost_unit == "seconds" else "a megabyte"
-
-
-def _cost(plan: Plan, cost: float) -> str:
-    return f"{1e3 * cost:.3g} ms" if plan.cost_unit == "seconds" else f"{cost / 1e3:.4g} kB"
-
-
 def _difference(scheme: Scheme, default: Scheme) -> dict[str, Any]:
     """The fields of a scheme that are not the default's; at least its format."""
     ours, theirs = asdict(scheme), asdict(default)
-    return {
-        f.name: ours[f.name] for f in fields(Scheme) if f.name == "format" or ours[f.name] != theirs[f.name]
-    }
+    return {f.name: ours[f.name] for f in fields(Scheme) if f.name == "format" or ours[f.name] != theirs[f.name]}
 
 
 def _plain(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
-

@@ -62,7 +62,7 @@ def search(choices: Choices, budget: float, start: tuple[int, ...] | None = None
             knapsack.solve(augmented(choices), budget),
         ]
         return min((search(choices, budget, each) for each in starts), key=choices.loss)
-    chosen, limit = np.array(start), budget * (1 + 1e-12)
+    chosen, limit = list(start), budget * (1 + 1e-12)
     items = np.arange(len(chosen))
     tolerance = 1e-12 * (1 + abs(choices.loss(start)))
     while True:
@@ -71,7 +71,7 @@ def search(choices: Choices, budget: float, start: tuple[int, ...] | None = None
         price = choices.costs - choices.costs[items, chosen][:, None]
         cost = choices.cost(chosen)
         single = np.where(cost + price <= limit, change, np.inf)
-        best, move = float(single.min()), [np.unravel_index(int(single.argmin()), single.shape)]
+        best, move = float(single.min()), [divmod(int(single.argmin()), single.shape[1])]
         for i, j in combinations(range(len(chosen)), 2):
             both = change[i][:, None] + change[j]
             if (terms := choices.pairs.get((i, j))) is not None:
@@ -79,15 +79,15 @@ def search(choices: Choices, budget: float, start: tuple[int, ...] | None = None
                 both = both + terms - terms[:, [now[1]]] - terms[[now[0]]] + terms[now]
             both = np.where(cost + price[i][:, None] + price[j] <= limit, both, np.inf)
             if both.min() < best:
-                k, l = np.unravel_index(int(both.argmin()), both.shape)  # noqa: E741
+                k, l = divmod(int(both.argmin()), both.shape[1])  # noqa: E741
                 best, move = float(both.min()), [(i, k), (j, l)]
         if best >= -tolerance:
-            return tuple(int(option) for option in chosen)
+            return tuple(chosen)
         for item, option in move:
             chosen[item] = option
 
 
-def _marginal(choices: Choices, chosen: np.ndarray) -> np.ndarray:
+def _marginal(choices: Choices, chosen: list[int]) -> np.ndarray:
     """What each option of each item loses with the others as they are, ``[items, options]``."""
     losses = choices.losses.copy()
     for (i, j), terms in choices.pairs.items():

@@ -38,7 +38,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Pair:
-    """What two units lose more than the sum of both: ``losses[k][l]`` with candidate k for the first, l for the other."""
+    """What two units lose more than the sum of both: ``losses[k][l]`` with candidates k and l."""
 
     first: int
     second: int
@@ -156,4 +156,3 @@ def write(file: Path, sensitivity: Sensitivity) -> None:
     beside = file.with_name(file.name + ".partial")
     beside.write_text(json.dumps(sensitivity.to_dict()), encoding="utf-8")
     beside.replace(file)
-

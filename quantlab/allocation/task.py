@@ -10,10 +10,11 @@ from functools import cached_property
 import numpy as np
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.source import ModelSource, parameter_bytes
-from quantlab.engine.architecture import OUTSIDE, Architecture, features
+from quantlab.engine.architecture import Architecture
 from quantlab.engine.footprint import planned_storage, stored_bytes
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.survey import plan_each
@@ -56,6 +57,10 @@ class Task:
     tell: Tell = lambda _done, _total, _what: None
     options: Mapping[str, object] = field(default_factory=dict)
 
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight of a layer, on the meta device."""
+        return self.skeleton.get_submodule(name).get_parameter("weight")
+
     @property
     def kept(self) -> list[int]:
         """Numbers of the candidates that leave a layer as it is."""
@@ -66,14 +71,20 @@ class Task:
         """Layers that take part and share a weight."""
         by_weight: dict[int, list[str]] = {}
         for name in self.names:
-            by_weight.setdefault(id(self.skeleton.get_submodule(name).weight), []).append(name)
+            by_weight.setdefault(id(self.weight(name)), []).append(name)
         return tuple(tuple(names) for names in by_weight.values() if len(names) > 1)
 
-    def costs(self) -> dict[str, np.ndarray]:
+    @property
+    def bits(self) -> list[int]:
+        """Of a code under each candidate, or of a weight that stays as it is."""
+        own = 8 * self.source.dtype.itemsize
+        return [own if candidate.scheme.keeps else candidate.scheme.bits for candidate in self.candidates]
+
+    def bytes(self) -> dict[str, np.ndarray]:
         """Bytes of each layer under each candidate, everything stored counted; infinite where it cannot be had."""
         found = {name: np.full(len(self.candidates), math.inf) for name in self.names}
         for name in self.names:
-            weight = self.skeleton.get_submodule(name).weight
+            weight = self.weight(name)
             found[name][self.kept] = weight.numel() * weight.element_size()
             for number, plan in self.plans.items():
                 found[name][number] = stored_bytes(planned_storage(plan[name]))
@@ -81,7 +92,7 @@ class Task:
 
     def weights(self) -> dict[str, int]:
         """How many weights each layer has."""
-        return {name: self.skeleton.get_submodule(name).weight.numel() for name in self.names}
+        return {name: self.weight(name).numel() for name in self.names}
 
     def model(self, dtype: torch.dtype | None = None, *, twice: bool = False) -> PreTrainedModel:
         """The whole model in memory, as it is.
@@ -105,7 +116,9 @@ class Task:
             )
         model = self.source.skeleton()
         self.source.load(model)
-        return model if dtype is None else model.to(dtype)
+        if dtype is not None:
+            nn.Module.to(model, dtype)
+        return model
 
 
 def plan_candidates(
@@ -124,19 +137,6 @@ def plan_candidates(
     )
 
 
-def restricted(plan: Mapping[str, PlannedLayer], names: Sequence[str]) -> dict[str, PlannedLayer]:
-    """The part of a plan that is about some layers."""
-    return {name: plan[name] for name in names}
-
-
-def shape_of(task: Task, name: str) -> tuple[int, int]:
-    """``(out_features, in_features)`` of a layer."""
-    return features(task.skeleton.get_submodule(name))
-
-
 def as_variant(scheme: Scheme) -> Variant:
     """The candidate that leaves a layer as it is."""
     return Variant(KEPT, replace(scheme, format="none"))
-
-
-__all__ = ["KEPT", "OUTSIDE", "Task", "Tell", "as_variant", "plan_candidates", "restricted", "shape_of"]

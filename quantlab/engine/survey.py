@@ -13,7 +13,7 @@ Blocks behind the last chosen layer are not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -84,6 +84,7 @@ class Survey:
         progress: told of each block, and of each layer once for every plan.
         rows: how many outputs of each layer are solved, to estimate its error from; None: all. Plans that repair a
             layer as a whole always see all of it.
+        look: shown each group's quantized weights before they are dropped: by plan and layer, float32 ``[out, in]``.
         refused: plans, by index, whose method refused a layer when it saw it, and the reason.
         groups: names of layers that share an input, in the order in which the model runs.
     """
@@ -95,6 +96,7 @@ class Survey:
     batches: list[torch.Tensor]
     progress: Progress = field(default_factory=Silent)
     rows: int | None = None
+    look: Callable[[tuple[str, ...], dict[int, dict[str, torch.Tensor]]], None] | None = None
     refused: dict[int, str] = field(default_factory=dict, init=False)
     groups: list[tuple[str, ...]] = field(default_factory=list, init=False)
     _measured: list[Measured] = field(default_factory=list, init=False)
@@ -153,6 +155,7 @@ class Survey:
         self.groups.append(tuple(layer.name for layer in group))
         weights = {layer.name: get_weight(self.model.get_submodule(layer.name)) for layer in group}
         some = {name: _SomeRows.of(weight, self.rows, statistics) for name, weight in weights.items()}
+        shown: dict[int, dict[str, torch.Tensor]] = {}
         for index, plan in enumerate(self.plans):
             if index in self.refused:
                 continue
@@ -162,9 +165,13 @@ class Survey:
             except RecipeError as error:
                 self.refused[index] = str(error)
                 continue
-            for report, weight_error in found:
+            for report, weight_error, quantized in found:
                 self._measured.append(Measured(index, report, weight_error, some[report.layer].energy))
+                if self.look is not None:
+                    shown.setdefault(index, {})[report.layer] = quantized
                 self.progress.layer(report)
+        if self.look is not None:
+            self.look(self.groups[-1], shown)
 
     def _solve(
         self,
@@ -172,16 +179,15 @@ class Survey:
         weights: Mapping[str, torch.Tensor],
         some: Mapping[str, _SomeRows],
         statistics: InputStatistics | None,
-    ) -> Iterator[tuple[LayerReport, float]]:
-        """Solve a group under one plan: reports, and errors of the weights, of all rows or as ``some`` say."""
+    ) -> Iterator[tuple[LayerReport, float, torch.Tensor]]:
+        """Solve a group under one plan: reports of all rows, and of those that were solved errors and weights."""
         whole = any(layer.compensation is not None for layer in layers)
         parts = weights if whole else {name: rows.weight for name, rows in some.items()}
         for answer in solve(layers, parts, statistics):
-            report, solved = answer.report, parts[answer.report.layer]
-            error = _weight_error(solved.float(), answer.qtensor.dequantize())
+            report, solved, quantized = answer.report, parts[answer.report.layer], answer.qtensor.dequantize()
             if not whole:
                 report = some[report.layer].extended(report, weights[report.layer].shape)
-            yield report, error
+            yield report, _weight_error(solved.float(), quantized), quantized
 
     def _load(self, place: str) -> None:
         self.progress.block(place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_a_model_s_size(bits):
 def test_larger_budgets_never_hurt():
     choices = formats(40, seed=1)
     losses = [choices.loss(knapsack.solve(choices, at(choices, bits))) for bits in np.linspace(2.1, 6, 60)]
-    assert all(later <= earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(losses))
 
 
 def test_everything_that_is_best_when_the_budget_is_no_limit():

@@ -1,0 +1,139 @@
+"""What sensitivities say, against plain computations on a tiny model."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from quantlab.allocation.curvature import backward, coefficients
+from quantlab.allocation.resumed import ResumedDivergence
+from quantlab.engine.architecture import describe
+from quantlab.planning import prepare_planning
+
+LAYERS = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.2.mlp.up_proj",
+    "model.layers.3.mlp.down_proj",
+]
+
+
+def kl(model, tokens, changes):
+    """By the definition, from the start."""
+    changed = copy.deepcopy(model)
+    for name, weight in changes.items():
+        changed.get_submodule(name).weight.copy_(weight)
+    p, q = (m(input_ids=tokens).logits[:, :-1].double().log_softmax(-1) for m in (model, changed))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+def noise(model, name, size, seed=0):
+    weight = model.get_submodule(name).weight
+    return weight + size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [[name] for name in LAYERS] + [LAYERS[1:3], ["lm_head"], ["model.embed_tokens"]])
+def test_a_resumed_forward_is_the_whole_one(model, tokens, names):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    resumed = ResumedDivergence(model, describe(model), tokens[:4])
+    assert resumed.resumes
+    changes = {name: noise(model, name, 0.02) for name in names}
+    assert resumed.of(changes) == pytest.approx(kl(model, tokens[:4], changes), rel=1e-3)
+    assert resumed.of({}) == pytest.approx(0, abs=1e-7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_blocks_before_the_change_are_not_run(model, tokens):
+    resumed = ResumedDivergence(model, describe(model), tokens[:2])
+    ran = []
+    handles = [
+        model.get_submodule(f"model.layers.{i}.mlp.up_proj").register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i in range(4)
+    ]
+    resumed.of({LAYERS[2]: noise(model, LAYERS[2], 0.1)})
+    for handle in handles:
+        handle.remove()
+    assert ran == [2, 3]
+
+
+def test_coefficients_are_what_noise_measures(model, tokens):
+    """KL of small noise in a layer's output, over the noise's squared size: HIGGS' injection, averaged over draws."""
+    found = coefficients(model, LAYERS, tokens.repeat(8, 1), seed=0)
+    text = tokens
+    for name in LAYERS:
+        layer, measured = model.get_submodule(name), []
+        reference = model(input_ids=text).logits.double().log_softmax(-1)
+        for seed in range(6):
+            generator = torch.Generator().manual_seed(seed)
+
+            def add(_module, _args, output, generator=generator):
+                return output + 0.01 * torch.randn(output.shape, generator=generator)
+
+            handle = layer.register_forward_hook(add)
+            with torch.no_grad():
+                logits = model(input_ids=text).logits.double().log_softmax(-1)
+            handle.remove()
+            measured.append(float((reference.exp() * (reference - logits)).sum(-1)[:, :-1].mean()))
+        squares = 0.01**2 * layer.weight.shape[0]
+        assert found[name] == pytest.approx(np.mean(measured) / squares, rel=0.2), name
+
+
+def test_gradients_are_those_of_autograd(model, tokens):
+    taken = {}
+    loss = backward(model, LAYERS, tokens[:2], None, lambda name, gradient: taken.update({name: gradient}))
+    twin = copy.deepcopy(model).requires_grad_(True)
+    logits = twin(input_ids=tokens[:2]).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, tokens[:2, 1:].flatten(), reduction="sum")
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    seen = {}
+    layer = twin.get_submodule(LAYERS[2])
+    layer.register_forward_hook(lambda _m, args, _o: seen.update(x=args[0].detach()))
+    logits = twin(input_ids=tokens[:2]).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tokens[:2, 1:].flatten(), reduction="sum").backward()
+    of_weight = taken[LAYERS[2]].flatten(0, 1).T @ seen["x"].flatten(0, 1)
+    torch.testing.assert_close(of_weight, layer.weight.grad, rtol=1e-3, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def planning(model, tokens, tmp_path, **kwargs):
+    settings = {"recipe": {"granularity": 32, "quantizer": "gptq"}, "calibration": tokens, "cache": tmp_path}
+    return prepare_planning(model, **{**settings, **kwargs})
+
+
+def test_some_rows_stand_for_all(model, tokens, tmp_path):
+    """The estimated error of a layer is that of all its rows, within what a few rows can say."""
+    some, every = (
+        planning(model, tokens, tmp_path, candidates="formats=int2,int4", options={"rows": rows}).measured()[0]
+        for rows in (24, 1000)
+    )
+    ratios = np.array([unit.errors for unit in some.units]) / np.array([unit.errors for unit in every.units])
+    assert np.abs(np.log(ratios)).mean() < 0.12
+    assert ratios.min() > 0.6
+    assert ratios.max() < 1.6
+    assert (ratios == 1).sum() < ratios.size / 2, "rows were left out"
+
+
+def test_predicted_losses_are_of_the_size_of_measured_ones(model, tokens, tmp_path):
+    """Two sensitivities that share no formula agree on which items matter, and on how much."""
+    plain = {"candidates": "formats=int3,int4"}
+    error = planning(model, tokens, tmp_path, **plain).measured()[0]
+    measured = planning(model, tokens, tmp_path, sensitivity="kl", **plain).measured()[0]
+    items = [unit.layers for unit in measured.units]
+    predicted, found = error.of_items(items), measured.of_items(items)
+    assert found.shape == (4 * 4, 2)
+    assert np.corrcoef(np.log(predicted[:, 0]), np.log(found[:, 0]))[0, 1] > 0.8
+    assert 0.5 < predicted.sum() / found.sum() < 2
+
+
+def test_errors_without_coefficients_take_no_gradient(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantlab.allocation.error.coefficients", None)
+    plain = planning(model, tokens, tmp_path, options={"coefficients": "none"}).measured()[0]
+    assert not plain.predicts
+    assert all(unit.losses == unit.errors for unit in plain.units)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantlab.allocation import error, kl
+from quantlab.allocation import delta_loss, error, hessian, kl
 from quantlab.allocation.sensitivity import Sensitivity
 from quantlab.allocation.task import Task
 from quantlab.errors import RecipeError
 
 Measure = Callable[[Task], Sensitivity]
 
-SENSITIVITIES: dict[str, Measure] = {"error": error.measure, "kl": kl.measure}
+SENSITIVITIES: dict[str, Measure] = {
+    "error": error.measure,
+    "kl": kl.measure,
+    "hessian": hessian.measure,
+    "delta-loss": delta_loss.measure,
+}
 
 
 def sensitivity_called(name: str) -> Measure:

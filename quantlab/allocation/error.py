@@ -21,9 +21,10 @@ from quantlab.engine.progress import Silent
 from quantlab.engine.survey import Measured, Survey
 from quantlab.errors import PreflightError
 
-# Text that second moments are taken over, rows of a layer that each candidate is solved for, and text that gradients
-# are taken over: with more, plans stay the same.
-TOKENS, ROWS, GRADIENT_TOKENS = 16384, 64, 4096
+# Tokens that second moments are taken over, at least, and for each input of the widest layer: with fewer, errors look
+# smaller than they are where a layer is wide. Rows of a layer that each candidate is solved for. Tokens that gradients
+# are taken over.
+TOKENS, TOKENS_AN_INPUT, ROWS, GRADIENT_TOKENS = 8192, 6, 32, 2048
 _GRADIENT_LENGTH = 256
 COEFFICIENTS = ("gradient", "none")
 
@@ -80,7 +81,8 @@ def survey(
     if not task.plans:
         return {name: {} for name in task.names}, [(name,) for name in task.names], {}
     numbers = list(task.plans)
-    tokens = task.tokens[: max(1, TOKENS // task.tokens.shape[1])]
+    widest = max(task.weight(name).shape[-1] for name in task.names)
+    tokens = task.tokens[: -(-max(TOKENS, TOKENS_AN_INPUT * widest) // task.tokens.shape[1])]
     batches = list(tokens.split(max(1, 1024 // tokens.shape[1])))
     ways = [dict(task.plans[number]) for number in numbers]
     progress = _Blocks(task)

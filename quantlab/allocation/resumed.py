@@ -7,7 +7,7 @@ changed in place and put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantlab.engine.architecture import OUTSIDE, Architecture, get_weight
+from quantlab.engine.forward import Forward, shared_inputs, watched
 
 # Positions whose probabilities are held in float32 at once.
 _CHUNK = 256
@@ -140,6 +141,29 @@ class ResumedDivergence:
         finally:
             for name, weight in kept.items():
                 self.weight(name).copy_(weight)
+
+
+def shared_groups(
+    model: PreTrainedModel, architecture: Architecture, names: Sequence[str], tokens: torch.Tensor
+) -> list[tuple[str, ...]]:
+    """Layers of a model in memory that share an input, in the order in which it runs; at the end those that do not run.
+
+    Args:
+        model: with all its weights.
+        architecture: its parts.
+        names: the layers that are asked for.
+        tokens: a few, ``[sequences, length]``.
+    """
+    forward = Forward(model, tokens, ())
+    forward.log = []
+    with torch.no_grad(), watched(model, [name for name in names if name not in architecture.embeddings]):
+        forward.advance()
+        groups = [tuple(group) for group in shared_inputs(forward.log)]
+    seen = {name for group in groups for name in group}
+    # Experts see tokens of their own, even where a few tokens cannot show it.
+    apart = [(name,) for group in groups for name in group if name in architecture.routed]
+    shared = [kept for group in groups if (kept := tuple(name for name in group if name not in architecture.routed))]
+    return [*shared, *apart, *((name,) for name in names if name not in seen)]
 
 
 class _Answer:

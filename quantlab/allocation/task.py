@@ -75,6 +75,11 @@ class Task:
         return tuple(tuple(names) for names in by_weight.values() if len(names) > 1)
 
     @property
+    def tied_seconds(self) -> dict[str, str]:
+        """Layers whose weight is that of another one, by name."""
+        return {name: names[0] for names in self.tied for name in names[1:]}
+
+    @property
     def bits(self) -> list[int]:
         """Of a code under each candidate, or of a weight that stays as it is."""
         own = 8 * self.source.dtype.itemsize

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from quantlab.allocation.budget import parse_budget
 from quantlab.allocation.curvature import backward, coefficients
+from quantlab.allocation.delta_loss import rounded, weighted_gradients
+from quantlab.allocation.hessian import traces
 from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.engine.architecture import describe
 from quantlab.planning import prepare_planning
@@ -137,3 +140,52 @@ def test_errors_without_coefficients_take_no_gradient(model, tokens, tmp_path, m
     plain = planning(model, tokens, tmp_path, options={"coefficients": "none"}).measured()[0]
     assert not plain.predicts
     assert all(unit.losses == unit.errors for unit in plain.units)
+
+
+def test_traces_of_a_quadratic_are_those_of_its_blocks():
+    """``1/2 w^T A w``: the trace of each block of A, whatever lies between blocks."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    matrix = root @ root.T
+    weights = [torch.randn(n, generator=generator, dtype=torch.float64).requires_grad_() for n in (5, 7)]
+
+    def loss():
+        w = torch.cat(weights)
+        return (w @ matrix @ w + 0 * w.pow(3).sum()) / 2
+
+    found = traces(loss, weights, 4000)
+    assert found[0] == pytest.approx(float(matrix[:5, :5].trace()), rel=0.05)
+    assert found[1] == pytest.approx(float(matrix[5:, 5:].trace()), rel=0.05)
+    diagonal = matrix.diagonal().diag()
+    matrix = diagonal  # without anything off the diagonal one draw is exact
+    assert traces(loss, weights, 1) == pytest.approx([float(diagonal[:5, :5].sum()), float(diagonal[5:, 5:].sum())])
+
+
+def test_delta_loss_is_the_gradient_times_the_change(model, tokens, tmp_path):
+    task = planning(model, tokens[:, :32], tmp_path, candidates="formats=int2,int4").task
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with rounded(model, task, 0) as originals:
+        found = weighted_gradients(model, originals, tokens[:3])
+        twin = copy.deepcopy(model).requires_grad_(True)
+        logits = twin(input_ids=tokens[:3]).logits[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, tokens[:3, 1:].flatten()).backward()
+        for name in LAYERS:
+            quantized, gradient = twin.get_submodule(name).weight, twin.get_submodule(name).weight.grad
+            change = before[f"{name}.weight"] - quantized.detach()
+            assert found[name] == pytest.approx(float((gradient * change).abs().sum()), rel=1e-3)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("method", ["hessian", "delta-loss"])
+def test_other_sensitivities_fall_with_the_bits_and_make_plans(model, tokens, tmp_path, method):
+    found = planning(model, tokens, tmp_path, sensitivity=method, candidates="formats=int2,int4,int8")
+    sensitivity = found.measured()[0]
+    losses = np.array([unit.losses for unit in sensitivity.units])
+    assert (losses >= 0).all()
+    assert (losses[:, 0] >= losses[:, 1]).mean() > 0.9
+    assert (losses[:, 1] >= losses[:, 2]).mean() > 0.9
+    assert ("model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj") in sensitivity.groups
+    plan = found.solve(parse_budget(4.0))
+    assert not plan.predicts
+    assert plan.bits <= 4

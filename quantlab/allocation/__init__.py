@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantlab.allocation import delta_loss, error, hessian, kl
+from quantlab.allocation import delta_loss, error, hessian, kl, pairwise
 from quantlab.allocation.sensitivity import Sensitivity
 from quantlab.allocation.task import Task
 from quantlab.errors import RecipeError
@@ -16,6 +16,7 @@ SENSITIVITIES: dict[str, Measure] = {
     "kl": kl.measure,
     "hessian": hessian.measure,
     "delta-loss": delta_loss.measure,
+    "pairwise": pairwise.measure,
 }
 
 

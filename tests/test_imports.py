@@ -32,7 +32,7 @@ TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
 SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "layer_speed", "model_shape", "prediction")}
 API = SPEED | {
     f"quantlab.{part}"
-    for part in ("formats", "inspection", "evaluation", "variants", "comparison", "planning", "sweep")
+    for part in ("formats", "inspection", "evaluation", "variants", "comparison", "planning", "plan_check", "sweep")
 }
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
@@ -56,6 +56,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},
     "quantlab.comparison": TOP | {"quantlab.variants"},
     "quantlab.planning": TOP | SPEED | {"quantlab.evaluation", "quantlab.variants"},
+    "quantlab.plan_check": TOP | {"quantlab.evaluation", "quantlab.planning"},
     "quantlab.benchmark": TOP | {"quantlab.layer_speed"},
     "quantlab.devices": {"quantlab.errors", "quantlab_evals"},
     "quantlab.layer_speed": TOP,

@@ -114,7 +114,7 @@ def scaled(term: float, first: np.ndarray, second: np.ndarray, number: int) -> n
 
 
 def reference(losses: np.ndarray) -> int:
-    """The candidate that pairs are measured for: of those that all items can have the coarsest, up to a limit of loss."""
+    """The candidate that pairs are measured for: the coarsest that all items can have, up to a limit of loss."""
     sums = losses.sum(0)
     possible = [number for number in np.argsort(-sums) if math.isfinite(sums[number]) and sums[number] > 0]
     if not possible:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ EXAMPLES = (
     "  quantlab plan demo --budget 3.5bits --out plan.yaml\n"
     "  quantlab quantize demo --recipe plan.yaml --out demo-planned\n"
     "  quantlab plan demo --budget 90MB --candidates formats=int3,int4,int8,nf4 --out plan.yaml\n"
+    "  quantlab plan demo --pareto --out curve.json\n"
     "  quantlab inspect plan.yaml --layer model.layers.3.mlp.down_proj\n\n"
     "What the sensitivity found is kept, and the next budget takes seconds."
 )
@@ -22,15 +24,31 @@ EXAMPLES = (
 
 def plan(
     model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", help="The plan, a recipe (.yaml); of --pareto the curve (.json)."),
+    ],
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--budget",
             "-b",
             help="3.5bits (a weight, all counted), 3.5code-bits, 90MB (the model), loss=0.05, ppl=2%, like=RECIPE.",
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.yaml", help="The plan: a recipe.")],
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one budget, the whole curve.")] = False,
+    points: Annotated[int, typer.Option(min=2, metavar="N", help="Of the curve.")] = 17,
+    measure: Annotated[
+        int | None,
+        typer.Option(
+            "--measure",
+            min=0,
+            metavar="N",
+            help="Quantize N plans of the curve, or the plan (1), and measure them.",
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="What --measure measures on.")] = "builtin:eval",
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Of that text.")] = 8,
     candidates: Annotated[
         str | None, typer.Option(help='What layers choose from, "AXIS=VALUE,...", as `quantlab compare` takes it.')
     ] = None,
@@ -73,18 +91,24 @@ def plan(
         from quantlab.cli.stages import stage_progress
         from quantlab.errors import QuantlabError
 
-        if out.suffix not in (".yaml", ".yml"):
-            raise QuantlabError(f"--out {out}: a plan is a recipe; give it a name that ends in .yaml")
+        if (budget is None) != pareto:
+            raise QuantlabError("give a --budget, or --pareto for all of them")
+        wanted = (".json",) if pareto else (".yaml", ".yml")
+        if out.suffix not in wanted:
+            what = "a curve is JSON" if pareto else "a plan is a recipe"
+            raise QuantlabError(f"--out {out}: {what}; give it a name that ends in {wanted[0]}")
         if not out.absolute().parent.is_dir():
             raise QuantlabError(f"--out {out}: there is no folder {out.parent}; make it first")
         prepare(threads, quiet=quiet)
-        from quantlab.planning import CANDIDATES
-        from quantlab.planning import plan as run
+        from quantlab.allocation.budget import parse_budget
+        from quantlab.plan_check import Check, curve
+        from quantlab.planning import CANDIDATES, prepare_planning
 
+        limit = None if budget is None else parse_budget(budget)
+        check = Check(model, text, windows)
         with stage_progress(stderr_console(), quiet=quiet) as tell:
-            found = run(
+            planning = prepare_planning(
                 model,
-                budget,
                 candidates=candidates or CANDIDATES,
                 recipe=recipe,
                 overrides=overrides,
@@ -93,12 +117,22 @@ def plan(
                 include=include or (),
                 keep=keep,
                 together=not separate,
-                solver=solver,
                 cache=cache,
                 tell=tell,
             )
-        found.write(out)
-        output.answer({"plan": out, **found.to_dict()}, *show_plan.planned(found, out))
+            if limit is None:
+                count = 3 if measure is None else measure
+                found = curve(planning, points=points, check=check, checked=count, solver=solver, tell=tell)
+                out.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+                output.answer({"curve": out, **found.to_dict()}, *show_plan.curve(found, model, out))
+                return
+            planning.check(limit)
+            chosen = planning.solve(limit, solver)
+            if measure:
+                tell(0, 1, "quantizing and measuring the plan")
+                chosen = check.measure(chosen)
+        chosen.write(out)
+        output.answer({"plan": out, **chosen.to_dict()}, *show_plan.planned(chosen, out))
 
 
 def explain(output: Output, file: Path, layer: str | None) -> None:

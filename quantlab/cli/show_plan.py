@@ -16,8 +16,9 @@ from quantlab.cli.show import clock, number, pairs, repeated, size
 
 if TYPE_CHECKING:
     from quantlab.allocation.plan import Plan, PlannedItem
+    from quantlab.plan_check import Curve
 
-_WIDEST = 8
+_WIDEST, _CURVE = 8, 40
 
 
 def planned(plan: Plan, file: Path | None) -> Iterator[RenderableType]:
@@ -50,9 +51,10 @@ def figures(plan: Plan) -> Table:
         table.add_row("a token", f"{1e3 * plan.cost:.3g} ms in these layers, predicted")
     table.add_row("predicted", f"{number(plan.loss)} {plan.unit}")
     if plan.measured is not None:
-        table.add_row("measured", f"{number(plan.measured)} {plan.unit}")
+        ratio = f", {plan.measured / plan.loss:.2f} times the predicted" if plan.predicts and plan.loss > 0 else ""
+        table.add_row("measured", f"{number(plan.measured)} KL divergence, nats a token{ratio}")
     elif plan.predicts:
-        table.add_row("", "not measured: it assumes that losses of layers add up; `--measure` quantizes and says")
+        table.add_row("", "not measured: it assumes that losses of layers add up; `--measure 1` quantizes and says")
     else:
         table.add_row("", "orders layers, and says nothing of the model's loss")
     when = "measured before, taken from the cache" if plan.cached else f"took {clock(plan.seconds)}"
@@ -60,6 +62,34 @@ def figures(plan: Plan) -> Table:
     for label, note in zip(repeated("notes"), plan.notes, strict=False):
         table.add_row(label, note)
     return table
+
+
+def curve(found: Curve, model: str, file: Path) -> Iterator[RenderableType]:
+    """Plans over all budgets, and predicted against measured loss."""
+    yield Text(f"{model}: {len(found.plans)} plans", style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in ("bits", "codes", "size", "predicted", "measured", "ratio"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("predicted loss", no_wrap=True)
+    most = max(plan.loss for plan in found.plans) or 1.0
+    for plan in found.plans:
+        measured, ratio = "", ""
+        if plan.measured is not None:
+            measured, ratio = number(plan.measured), f"{plan.measured / plan.loss:.2f}" if plan.loss > 0 else ""
+        bar = Text("█" * max(0, round(_CURVE * plan.loss / most)), style="cyan")
+        cells = (f"{plan.bits:.2f}", f"{plan.code_bits:.2f}", size(plan.bytes), number(plan.loss), measured, ratio)
+        table.add_row(*cells, bar)
+    yield table
+    yield Text("")
+    said = pairs()
+    said.add_row("loss", found.plans[0].unit)
+    if found.ratio is not None:
+        off = "" if found.error is None else f"; with that, predictions are off by {found.error:.0%} at most"
+        said.add_row("measured", f"{found.ratio:.2f} times the predicted loss{off}")
+    else:
+        said.add_row("measured", "nothing: the curve is a prediction, and an order")
+    said.add_row("curve", str(file))
+    yield said
 
 
 def _candidates(plan: Plan) -> Table:

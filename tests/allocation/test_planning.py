@@ -245,9 +245,40 @@ def test_the_command_plans_quantizes_and_explains(folder, tmp_path, capsys):
     assert len(json.loads(out)["items"]) == 16
 
 
+def test_the_command_draws_the_curve_and_checks_it(folder, tmp_path, capsys):
+    common = ["plan", folder, "--calibration", tmp_path / "text.txt", "--samples", 8, "--length", 32]
+    common += [
+        "--set",
+        "granularity=32",
+        "--cache",
+        tmp_path / "cache",
+        "--text",
+        tmp_path / "text.txt",
+        "--windows",
+        4,
+    ]
+    code, out, err = command(capsys, *common, "--pareto", "--points", 9, "--measure", 2, "--out", tmp_path / "c.json")
+    assert code == 0, err
+    assert "times the predicted loss" in out
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [plan["bytes"] for plan in found["plans"]] == sorted(plan["bytes"] for plan in found["plans"])
+    losses = [plan["loss"] for plan in found["plans"]]
+    assert losses == sorted(losses, reverse=True)
+    measured = [plan for plan in found["plans"] if plan["measured"] is not None]
+    assert len(measured) == 2
+    assert measured[0]["measured"] > measured[1]["measured"]
+    assert 0.3 < found["ratio"] < 3
+    file = tmp_path / "plan.yaml"
+    code, out, err = command(capsys, *common, "--budget", "3.3", "--measure", 1, "--out", file, "--json")
+    assert json.loads(out)["measured"] > 0
+    assert read_plan(file).measured == json.loads(out)["measured"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--budget", "3", "--pareto"], "--pareto for all"),
+        (["--pareto"], ".json"),
         (["--budget", "1bits"], "at least"),
         (["--budget", "3", "--out", "plan.txt"], ".yaml"),
         (["--budget", "3", "--option", "rows"], "KEY=VALUE"),

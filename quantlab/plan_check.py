@@ -19,7 +19,8 @@ from quantlab.engine.calibration import CalibrationText
 from quantlab.engine.quantize import quantize
 from quantlab.errors import RecipeError
 from quantlab.evaluation import evaluate
-from quantlab.planning import Model, Planning
+from quantlab.plan_problem import Planning
+from quantlab.planning import Model
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ SENSITIVITIES: dict[str, Measure] = {
     "pairwise": pairwise.measure,
 }
 
+OF_ITEMS = frozenset({"kl", "pairwise"})
+"""Those that measure layers that agree together, and are measured anew where they need not."""
+
 
 def sensitivity_called(name: str) -> Measure:
     """What measures a sensitivity.

@@ -75,6 +75,7 @@ class Plan:
         base: the recipe that everything else is taken from.
         fixed_bytes: of what no plan touches: embeddings, norms, layers that stay.
         solver: which.
+        fixed_cost: seconds of a token that no plan touches, where costs are seconds.
         pair_loss: what pairs of items lose beside their own losses.
         measured: KL divergence that was really measured, nats a token; None if nobody did.
         notes: what a person should know.
@@ -92,6 +93,7 @@ class Plan:
     base: Recipe
     fixed_bytes: int
     solver: str
+    fixed_cost: float = 0.0
     pair_loss: float = 0.0
     measured: float | None = None
     notes: tuple[str, ...] = ()
@@ -198,6 +200,7 @@ class Plan:
             **flat,
             **sums,
             "fixed_bytes": self.fixed_bytes,
+            "fixed_cost": self.fixed_cost,
             "notes": list(self.notes),
             "seconds": self.seconds,
             "items": items,
@@ -255,6 +258,7 @@ def _from_figures(recipe: Recipe) -> Plan:
         schemes={},
         base=recipe,
         fixed_bytes=figures["fixed_bytes"],
+        fixed_cost=figures["fixed_cost"],
         pair_loss=figures["pair_loss"],
         notes=tuple(figures["notes"]),
         seconds=figures["seconds"],

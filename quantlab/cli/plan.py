@@ -33,7 +33,8 @@ def plan(
         typer.Option(
             "--budget",
             "-b",
-            help="3.5bits (a weight, all counted), 3.5code-bits, 90MB (the model), loss=0.05, ppl=2%, like=RECIPE.",
+            help="3.5bits (a weight, all counted), 3.5code-bits, 90MB (the model), 20ms (a token), loss=0.05, ppl=2%, "
+            "like=RECIPE.",
         ),
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Instead of one budget, the whole curve.")] = False,
@@ -68,7 +69,11 @@ def plan(
     separate: Annotated[
         bool, typer.Option("--separate", help="Do not give q/k/v, gate/up and the experts of a block the same scheme.")
     ] = False,
-    solver: Annotated[str, typer.Option(help="auto, knapsack, milp, or search.")] = "auto",
+    solver: Annotated[str, typer.Option(help="auto, knapsack, milp, search, or bisection: really evaluates.")] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="What milliseconds are of: here (measured), or a name that `quantlab roofline` knows."),
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Calibration text, as `quantlab quantize` takes it.")
     ] = None,
@@ -117,6 +122,7 @@ def plan(
                 include=include or (),
                 keep=keep,
                 together=not separate,
+                device=device,
                 cache=cache,
                 tell=tell,
             )

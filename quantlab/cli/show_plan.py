@@ -48,7 +48,8 @@ def figures(plan: Plan) -> Table:
     )
     table.add_row("size", f"{size(plan.bytes)} of these layers, {size(plan.bytes + plan.fixed_bytes)} with all others")
     if plan.cost_unit == "seconds":
-        table.add_row("a token", f"{1e3 * plan.cost:.3g} ms in these layers, predicted")
+        total = 1e3 * (plan.cost + plan.fixed_cost)
+        table.add_row("a token", f"{total:.3g} ms predicted, {1e3 * plan.cost:.3g} ms of it in these layers")
     table.add_row("predicted", f"{number(plan.loss)} {plan.unit}")
     if plan.measured is not None:
         ratio = f", {plan.measured / plan.loss:.2f} times the predicted" if plan.predicts and plan.loss > 0 else ""

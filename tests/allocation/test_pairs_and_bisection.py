@@ -13,6 +13,7 @@ from quantlab.allocation import bisection, knapsack, quadratic
 from quantlab.allocation.budget import parse_budget
 from quantlab.allocation.choices import Choices, InfeasibleError
 from quantlab.allocation.pairwise import pair_terms, scaled
+from quantlab.errors import RecipeError
 from quantlab.planning import prepare_planning
 
 
@@ -150,3 +151,17 @@ def test_pairs_of_a_model_are_measured_and_planned_with(model, tokens, tmp_path)
     again, cached = planning.measured()
     assert cached
     assert again == found
+
+
+def test_a_measured_tolerance_is_kept(plan):
+    """The bisection's own figure is below the tolerance, and close to what the prediction of such a plan is."""
+    found = plan("loss=0.05", solver="bisection", candidates="formats=int2,int4,int8")
+    assert found.measured <= 0.05
+    assert found.code_bits < 8
+    assert 0.4 < found.measured / found.loss < 2.5
+    assert any("evaluations" in note for note in found.notes)
+    strict = plan("loss=0.001", solver="bisection", candidates="formats=int2,int4,int8")
+    assert strict.bytes > found.bytes
+    assert strict.measured <= 0.001
+    with pytest.raises(RecipeError, match="measures"):
+        plan(4.0, solver="bisection")

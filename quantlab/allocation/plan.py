@@ -214,7 +214,9 @@ class Plan:
 
     def write(self, file: Path) -> None:
         """As YAML that ``quantlab quantize --recipe`` reads."""
-        text = yaml.safe_dump(self.recipe().to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        text = yaml.safe_dump(
+            self.recipe().to_dict(), sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=None
+        )
         beside = file.with_name(file.name + ".partial")
         beside.write_text(_HEADER + text, encoding="utf-8")
         beside.replace(file)
@@ -279,4 +281,4 @@ def _difference(scheme: Scheme, default: Scheme) -> dict[str, Any]:
 
 
 def _plain(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None
+    return float(f"{loss:.8g}") if math.isfinite(loss) else None

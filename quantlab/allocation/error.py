@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from quantlab.allocation.curvature import coefficients
+from quantlab.allocation.curvature import coefficients, injected
+from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.sensitivity import NATS, Sensitivity, Unit
 from quantlab.allocation.task import Task
 from quantlab.engine.architecture import OUTSIDE
@@ -25,8 +26,8 @@ from quantlab.errors import PreflightError
 # smaller than they are where a layer is wide. Rows of a layer that each candidate is solved for. Tokens that gradients
 # are taken over.
 TOKENS, TOKENS_AN_INPUT, ROWS, GRADIENT_TOKENS = 8192, 6, 32, 2048
-_GRADIENT_LENGTH = 256
-COEFFICIENTS = ("gradient", "none")
+_GRADIENT_LENGTH, _NOISE_TOKENS = 256, 1024
+COEFFICIENTS = ("gradient", "noise", "none")
 
 Look = Callable[[tuple[str, ...], dict[int, dict[str, torch.Tensor]]], None]
 
@@ -34,8 +35,8 @@ Look = Callable[[tuple[str, ...], dict[int, dict[str, torch.Tensor]]], None]
 def measure(task: Task) -> Sensitivity:
     """Errors of all layers under all candidates, weighted.
 
-    Options: ``coefficients``: ``gradient``, or ``none``, which needs no more memory than one block; ``rows`` of a layer
-    that are solved.
+    Options: ``coefficients``: ``gradient``, ``noise``, or ``none``, which needs no more memory than one block; ``rows``
+    of a layer that are solved.
 
     Raises:
         PreflightError: no candidate can be carried out; memory cannot hold the model for gradients.
@@ -47,7 +48,7 @@ def measure(task: Task) -> Sensitivity:
     if type(rows) is not int or rows < 1:
         raise PreflightError(f"rows {rows!r}: use a whole number, at least 1")
     measured, groups, refused = survey(task, rows)
-    weights = _coefficients(task) if how == "gradient" else None
+    weights = None if how == "none" else _injected(task) if how == "noise" else _coefficients(task)
     units = []
     for name in task.names:
         losses, errors = np.full(len(task.candidates), math.inf), np.full(len(task.candidates), math.inf)
@@ -107,6 +108,13 @@ def _coefficients(task: Task) -> dict[str, float]:
     length = min(_GRADIENT_LENGTH, task.tokens.shape[1])
     tokens = task.tokens[: max(1, GRADIENT_TOKENS // length), :length]
     return coefficients(model, list(task.names), tokens, tell=task.tell)
+
+
+def _injected(task: Task) -> dict[str, float]:
+    model = task.model(torch.float32)
+    length = min(_GRADIENT_LENGTH, task.tokens.shape[1])
+    tokens = task.tokens[: max(1, _NOISE_TOKENS // length), :length]
+    return injected(ResumedDivergence(model, task.architecture, tokens), task.names, tell=task.tell)
 
 
 class _Blocks(Silent):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantlab.allocation.budget import parse_budget
-from quantlab.allocation.curvature import backward, coefficients
+from quantlab.allocation.curvature import backward, coefficients, injected
 from quantlab.allocation.delta_loss import rounded, weighted_gradients
 from quantlab.allocation.hessian import traces
 from quantlab.allocation.resumed import ResumedDivergence
@@ -86,6 +86,21 @@ def test_coefficients_are_what_noise_measures(model, tokens):
             measured.append(float((reference.exp() * (reference - logits)).sum(-1)[:, :-1].mean()))
         squares = 0.01**2 * layer.weight.shape[0]
         assert found[name] == pytest.approx(np.mean(measured) / squares, rel=0.2), name
+
+
+def test_injected_noise_gives_the_same_coefficients(model, tokens):
+    """Two ways to the same numbers that share no formula.
+
+    In the last block they agree. Before it noise says more: what it does to tokens that are alike is alike, and does not
+    average out where a random model's attention averages over all of them.
+    """
+    names = [f"model.layers.{i}.{x}" for i in (0, 3) for x in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
+    by_noise = injected(ResumedDivergence(model, describe(model), tokens), names)
+    by_gradient = coefficients(model, names, tokens.repeat(4, 1))
+    ratios = np.array([by_noise[name] / by_gradient[name] for name in names])
+    assert ratios[3:] == pytest.approx(1, rel=0.12)
+    assert (ratios[:3] > 0.9).all()
+    assert (ratios[:3] < 2).all()
 
 
 def test_gradients_are_those_of_autograd(model, tokens):

@@ -8,7 +8,7 @@ gives the coefficients (:mod:`quantlab.allocation.curvature`), or noise does, or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -48,25 +48,48 @@ def measure(task: Task) -> Sensitivity:
     if type(rows) is not int or rows < 1:
         raise PreflightError(f"rows {rows!r}: use a whole number, at least 1")
     measured, groups, refused = survey(task, rows)
-    weights = None if how == "none" else _injected(task) if how == "noise" else _coefficients(task)
+    scales, unreached = dict.fromkeys(task.names, 1.0), list[str]()
+    if how != "none":
+        scales, unreached = _scales(task, measured, _injected(task) if how == "noise" else _coefficients(task))
     units = []
     for name in task.names:
         losses, errors = np.full(len(task.candidates), math.inf), np.full(len(task.candidates), math.inf)
         losses[task.kept] = errors[task.kept] = 0.0
         for number, found in measured[name].items():
             errors[number] = found.report.error
-            # What an embedding returns for a token is one row of it.
-            scale = found.energy / found.report.shape[0] if name in task.architecture.embeddings else found.energy
-            losses[number] = found.report.error * (1 if weights is None else weights[name] * scale)
+            losses[number] = found.report.error * scales[name]
         units.append(Unit((name,), tuple(losses.tolist()), tuple(errors.tolist())))
+    notes = [f"{task.candidates[number].name}: left out: {reason}" for number, reason in refused.items()]
+    if unreached:
+        more = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
+        notes.append(f"{unreached[0]}{more}: not reached by the text, judged by the error of their weights")
     return Sensitivity(
         method="error",
-        unit=NATS if weights is not None else "relative squared error of outputs, summed over layers",
+        unit="relative squared error of outputs, summed over layers" if how == "none" else NATS,
         candidates=task.candidates,
         units=tuple(units),
         groups=tuple(groups),
-        notes=tuple(f"{task.candidates[number].name}: left out: {reason}" for number, reason in refused.items()),
+        notes=tuple(notes),
     )
+
+
+def _scales(
+    task: Task, measured: Mapping[str, Mapping[int, Measured]], weights: Mapping[str, float]
+) -> tuple[dict[str, float], list[str]]:
+    """Nats for a unit of each layer's relative error; and layers of which the text says nothing: a vision tower.
+
+    Such a layer gets the median of the others. An expert that nothing was routed to loses nothing.
+    """
+    scales = {}
+    for name in task.names:
+        found = next(iter(measured[name].values()), None)
+        energy = 0.0 if found is None else found.energy
+        if found is not None and name in task.architecture.embeddings:
+            energy /= found.report.shape[0]  # what an embedding returns for a token is one row of it
+        scales[name] = weights[name] * energy
+    reached = [scale for scale in scales.values() if scale > 0]
+    unreached = [name for name, scale in scales.items() if scale == 0 and name not in task.architecture.routed]
+    return scales | dict.fromkeys(unreached, float(np.median(reached)) if reached else 1.0), unreached
 
 
 def survey(

@@ -117,14 +117,13 @@ app.command("eval-tasks", epilog=evaluate_benchmarks.TASKS_EXAMPLES)(evaluate_be
 
 @app.command(
     "inspect",
-    epilog="Examples:\n\n  quantlab inspect demo-w4 --fold\n  quantlab inspect demo-w4 --set sort=error --set limit=10"
-    "\n  quantlab inspect plan.yaml --layer model.layers.3.mlp.down_proj",
+    epilog="Examples:\n\n  quantlab inspect demo-w4 --fold\n  quantlab inspect demo-w4 --set sort=error --set limit=10",
 )
 def inspect_(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote, or a plan's file.")
     ],
-    layer: Annotated[str | None, typer.Option(metavar="NAME", help="Of a plan: why a layer got what it got.")] = None,
+    layer: Annotated[str | None, typer.Option(metavar="NAME", help="Why a plan gave a layer what it got.")] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="One line for all layers of a kind: model.layers.*.mlp.down_proj.")
     ] = False,
@@ -142,8 +141,9 @@ def inspect_(
         if folder.suffix in (".yaml", ".yml") and not folder.is_dir():
             plan.explain(output, folder, layer)
             return
-        if layer is not None:
-            raise QuantlabError(f"--layer {layer}: explains a plan; {folder} is a folder. Name the plan's .yaml file")
+        if layer is not None:  # the recipe of a model that was quantized by a plan holds that plan
+            plan.explain(output, folder / "recipe.yaml", layer)
+            return
 
         chosen: dict[str, Any] = {"sort": "order", "limit": None, "fold": fold}
         chosen |= chosen_settings(settings, tuple(chosen))

@@ -240,6 +240,7 @@ def test_the_command_plans_quantizes_and_explains(folder, tmp_path, capsys):
     code, out, _ = command(capsys, "inspect", file, "--layer", "model.layers.3.mlp.down_proj")
     assert code == 0
     assert "predicted to lose" in out
+    assert command(capsys, "inspect", tmp_path / "out", "--layer", "model.layers.3.mlp.down_proj")[1] == out
     code, out, _ = command(capsys, "inspect", file, "--json")
     assert json.loads(out)["budget"] == "3.5bits"
     assert len(json.loads(out)["items"]) == 16

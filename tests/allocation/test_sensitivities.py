@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantlab.allocation import error
 from quantlab.allocation.budget import parse_budget
 from quantlab.allocation.curvature import backward, coefficients, injected
 from quantlab.allocation.delta_loss import rounded, weighted_gradients
@@ -91,8 +92,8 @@ def test_coefficients_are_what_noise_measures(model, tokens):
 def test_injected_noise_gives_the_same_coefficients(model, tokens):
     """Two ways to the same numbers that share no formula.
 
-    In the last block they agree. Before it noise says more: what it does to tokens that are alike is alike, and does not
-    average out where a random model's attention averages over all of them.
+    In the last block they agree. Before it noise says more: what it does to tokens that are alike is alike, and does
+    not average out where a random model's attention averages over all of them.
     """
     names = [f"model.layers.{i}.{x}" for i in (0, 3) for x in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
     by_noise = injected(ResumedDivergence(model, describe(model), tokens), names)
@@ -204,3 +205,14 @@ def test_other_sensitivities_fall_with_the_bits_and_make_plans(model, tokens, tm
     plan = found.solve(parse_budget(4.0))
     assert not plan.predicts
     assert plan.bits <= 4
+
+
+def test_layers_that_the_text_does_not_reach_are_no_bargain(model, tokens, tmp_path, monkeypatch):
+    """A coefficient of zero says that nothing is known, not that nothing is lost."""
+    silent = "model.layers.1.mlp.down_proj"
+    real = error.coefficients
+    monkeypatch.setattr(error, "coefficients", lambda *a, **k: real(*a, **k) | {silent: 0.0})
+    found = planning(model, tokens, tmp_path, candidates="formats=int2,int4").measured()[0]
+    losses = {unit.layers[0]: unit.losses for unit in found.units}
+    assert losses[silent][0] > losses[silent][1] > 0
+    assert any("not reached" in note and silent in note for note in found.notes)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from quantlab.allocation.plan import Plan
     from quantlab.benchmark import Bench, bench
     from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
+    from quantlab.planning import plan
     from quantlab.prediction import Roofline, roofline
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
 
@@ -31,6 +33,7 @@ __all__ = [
     "DescribedFormat",
     "Evaluation",
     "Inspection",
+    "Plan",
     "QuantlabError",
     "Recipe",
     "Result",
@@ -44,6 +47,7 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "plan",
     "quantize",
     "ready_recipes",
     "roofline",
@@ -56,6 +60,7 @@ _HOMES = {
     "DescribedFormat": "formats",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
+    "Plan": "allocation.plan",
     "QuantlabError": "errors",
     "Recipe": "recipe",
     "Result": "engine.quantize",
@@ -69,6 +74,7 @@ _HOMES = {
     "inspect": "inspection",
     "load": "checkpoint.load",
     "load_recipe": "recipe",
+    "plan": "planning",
     "quantize": "engine.quantize",
     "ready_recipes": "recipe",
     "roofline": "prediction",

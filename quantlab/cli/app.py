@@ -16,6 +16,7 @@ from quantlab.cli import (
     evaluate_benchmarks,
     evaluate_code,
     evaluate_generation,
+    plan,
     roofline,
 )
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
@@ -119,7 +120,10 @@ app.command("eval-tasks", epilog=evaluate_benchmarks.TASKS_EXAMPLES)(evaluate_be
     epilog="Examples:\n\n  quantlab inspect demo-w4 --fold\n  quantlab inspect demo-w4 --set sort=error --set limit=10",
 )
 def inspect_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote, or a plan's file.")
+    ],
+    layer: Annotated[str | None, typer.Option(metavar="NAME", help="Why a plan gave a layer what it got.")] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="One line for all layers of a kind: model.layers.*.mlp.down_proj.")
     ] = False,
@@ -129,10 +133,17 @@ def inspect_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a quantized model layer by layer: format, bits a weight with everything counted, error, size."""
+    """Show a quantized model layer by layer: format, bits a weight with everything counted, error, size; or a plan."""
     with Output(as_json) as output:
         from quantlab.cli import show
         from quantlab.errors import QuantlabError
+
+        if folder.suffix in (".yaml", ".yml") and not folder.is_dir():
+            plan.explain(output, folder, layer)
+            return
+        if layer is not None:  # the recipe of a model that was quantized by a plan holds that plan
+            plan.explain(output, folder / "recipe.yaml", layer)
+            return
 
         chosen: dict[str, Any] = {"sort": "order", "limit": None, "fold": fold}
         chosen |= chosen_settings(settings, tuple(chosen))
@@ -162,6 +173,7 @@ def inspect_(
 
 
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
 

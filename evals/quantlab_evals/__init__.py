@@ -15,6 +15,8 @@ from .layers import layer_timings
 from .loading import LoadCost, Memory, load_cost
 from .logits import TokenMeasure, describe_model, run_measures
 from .machine import Machine, describe_machine, matrix_flops, stream_bandwidth
+from .measures import MEASURES, Measure, measure_called
+from .pareto import Front, Limit, best, figure, hypervolume, knee, non_dominated, pareto, within
 from .perplexity import (
     WINDOW_LENGTH,
     NllDifference,
@@ -39,6 +41,7 @@ __all__ = [
     "BUILTIN",
     "DEFINITIONS",
     "JOINER",
+    "MEASURES",
     "WINDOW_LENGTH",
     "Calibration",
     "CalibrationMeasure",
@@ -48,10 +51,13 @@ __all__ = [
     "Divergence",
     "DivergenceMeasure",
     "EvalError",
+    "Front",
     "GreedyDecoder",
+    "Limit",
     "LiveReference",
     "LoadCost",
     "Machine",
+    "Measure",
     "Memory",
     "NllDifference",
     "NllMeasure",
@@ -74,6 +80,7 @@ __all__ = [
     "Timing",
     "TokenMeasure",
     "Windows",
+    "best",
     "bootstrap_interval",
     "calibration",
     "check_length",
@@ -87,17 +94,23 @@ __all__ = [
     "describe_model",
     "distinct",
     "divergence",
+    "figure",
     "fingerprint_folder",
     "fingerprint_model",
     "generate",
+    "hypervolume",
+    "knee",
     "layer_timings",
     "load_cost",
     "load_documents",
     "load_pairs",
     "load_text",
     "matrix_flops",
+    "measure_called",
     "measure_speed",
+    "non_dominated",
     "paired_difference",
+    "pareto",
     "perplexity",
     "prefix_token",
     "recorded_reference",
@@ -114,4 +127,5 @@ __all__ = [
     "token_calibration",
     "token_windows",
     "windows_as",
+    "within",
 ]

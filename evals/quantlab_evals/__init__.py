@@ -15,7 +15,7 @@ from .layers import layer_timings
 from .loading import LoadCost, Memory, load_cost
 from .logits import TokenMeasure, describe_model, run_measures
 from .machine import Machine, describe_machine, matrix_flops, stream_bandwidth
-from .measures import MEASURES, Measure, measure_called
+from .measures import MEASURES, PREDICTED, Measure, measure_called
 from .pareto import Front, Limit, best, figure, hypervolume, knee, non_dominated, pareto, within
 from .perplexity import (
     WINDOW_LENGTH,
@@ -42,6 +42,7 @@ __all__ = [
     "DEFINITIONS",
     "JOINER",
     "MEASURES",
+    "PREDICTED",
     "WINDOW_LENGTH",
     "Calibration",
     "CalibrationMeasure",

@@ -17,6 +17,7 @@ from typing import Any
 
 from quantlab.compensation import compensation_options, make_compensation
 from quantlab.errors import RecipeError
+from quantlab.numerics import format_called
 from quantlab.quantizers import make_quantizer, quantizer_options
 from quantlab.recipe import Scheme, changed, parse_yaml
 
@@ -88,7 +89,10 @@ def _sized(combination: Iterable[dict[str, Any]], base: Scheme) -> list[dict[str
     named = next((change["format"] for change in changes if "format" in change), base.format)
     family = re.sub(r"\d+$", "", str(named))
     rest = [change for change in changes if not {"bits", "format"} & set(change)]
-    return [{"format": f"{family}{bits}"}, *rest]
+    sized = f"{family}{bits}"
+    if str(format_called(sized).bits) != str(bits):  # e2m3 with 4 would be e2m4
+        raise RecipeError(f"grid: bits={bits}: {named} has one width; use a family, such as int, nf, power or codebook")
+    return [{"format": sized}, *rest]
 
 
 def method_name(scheme: Scheme, base: Scheme | None = None) -> str:

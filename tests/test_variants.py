@@ -131,7 +131,7 @@ def test_bits_are_a_part_of_the_format():
         ("groups=", "axis 'groups' has no values"),
         ("symmetric=maybe", "symmetric 'maybe'"),
         ("fromats=int4", "unknown axis 'fromats'; axes are formats, bits, groups"),
-        ("formats=int,e2m3 bits=4", "format 'e2m4' is unknown"),
+        ("formats=int,e2m3 bits=4", "e2m3 has one width"),
         ("formats=int", "format 'int' is unknown"),
         ("bits=9", "format 'int9' is unknown"),
         ("formats=int4 nf4", "'nf4' is not axis=value"),

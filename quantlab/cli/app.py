@@ -17,6 +17,7 @@ from quantlab.cli import (
     evaluate_code,
     evaluate_generation,
     roofline,
+    sweep,
 )
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
@@ -164,6 +165,9 @@ def inspect_(
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
+app.command(epilog=sweep.SWEEP_EXAMPLES)(sweep.sweep)
+app.command(epilog=sweep.PARETO_EXAMPLES)(sweep.pareto)
+app.command(epilog=sweep.REPORT_EXAMPLES)(sweep.report)
 
 
 @app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")

@@ -80,8 +80,11 @@
       ...rest, xaxis: { ...axis, ...rest.xaxis }, yaxis: { ...axis, ...rest.yaxis },
     };
   }
-  const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
   const narrow = () => window.innerWidth < 600;
+  const config = () => ({
+    responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover",
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+  });
 
   function axisOf(name) {
     const measure = measures[name];
@@ -131,7 +134,7 @@
         },
       });
     });
-    Plotly.react("front", traces, layout({ xaxis: axisOf(state.x), yaxis: axisOf(state.y) }), CONFIG);
+    Plotly.react("front", traces, layout({ xaxis: axisOf(state.x), yaxis: axisOf(state.y) }), config());
     at("count").textContent = `${drawn.length} of ${variants.length} shown, ${best.length} on the front`;
     const predicted = [state.x, state.y].filter((name) => measures[name].predicted);
     at("prediction").hidden = !predicted.length;
@@ -174,7 +177,7 @@
       margin: { l: 20, r: 8, t: 10, b: 40 },
       xaxis: { title: { text: "block", standoff: 4 }, type: "category", nticks: 20, showgrid: false },
       yaxis: { autorange: "reversed", showgrid: false, tickfont: { size: narrow() ? 10 : 12 } },
-    }), { ...CONFIG, displayModeBar: false });
+    }), { ...config(), displayModeBar: false });
   }
   const METRICS = {
     output: "Squared, relative to the output of each layer, on the calibration text.",
@@ -206,7 +209,7 @@
     Plotly.react("reliability", traces, layout({
       xaxis: { title: { text: "probability of the likeliest token" }, range: [0, 1.02] },
       yaxis: { title: { text: "how often it is right" }, range: [0, 1.02] },
-    }), CONFIG);
+    }), config());
   }
 
   // --- the chosen variant ---

@@ -39,7 +39,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON mapping."""
-        return asdict(self)
+        return {**asdict(self), "alike": list(self.alike)}
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:

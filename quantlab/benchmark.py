@@ -26,7 +26,8 @@ from quantlab.layer_speed import LayerSpeed, layer_speeds
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, the steps in all of this stage, and what is being done."""
 
-_LOAD = "quantlab.evaluation.subject:load_named"
+LOAD = "quantlab.evaluation.subject:load_named"
+"""What loads a model by its name in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def bench(
         cost = None
         if memory:
             tell(place, len(subjects), f"load {speed.name} in a process of its own")
-            cost = load_cost(_LOAD, speed.name, threads=threads, prompt_tokens=settings.prompt_tokens)
+            cost = load_cost(LOAD, speed.name, threads=threads, prompt_tokens=settings.prompt_tokens)
         benched.append(BenchedModel(speed, subject.bytes(loaded[speed.name]), cost, kinds[speed.name]))
     named = None if against is None else str(against)
     return Bench(comparison, tuple(benched), named, bandwidth, time.perf_counter() - started)

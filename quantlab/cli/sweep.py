@@ -51,6 +51,8 @@ def sweep(
     speed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Also measure speed and memory, each in turns with the original.")
     ] = False,
+    prompt: Annotated[int, typer.Option(metavar="N", help="With --speed: tokens of a prompt.")] = 128,
+    new: Annotated[int, typer.Option(metavar="N", help="With --speed: tokens to decode after it.")] = 32,
     devices: Annotated[
         str, typer.Option(metavar="LIST", help="Predict decoding on these devices, as `quantlab roofline`; or none.")
     ] = "rtx4090",
@@ -92,7 +94,7 @@ def sweep(
             out,
             text=text,
             settings={"windows": windows, "length": length, "measures": ("perplexity", "divergence", "calibration")},
-            speed=SpeedSettings(new_tokens=32, rounds=3, compiled=False) if speed else None,
+            speed=SpeedSettings(prompt, new, rounds=3, compiled=False) if speed else None,
             devices=tuple(name.strip() for name in devices.split(",") if name.strip() not in ("", "none")),
             keep=keep,
             threads=threads,

@@ -21,7 +21,7 @@ from quantlab.engine.architecture import describe
 from quantlab.errors import DataError, PreflightError, QuantlabError
 from quantlab.evaluation.records import Records
 from quantlab.sweep.space import Candidate, Space, SpaceSource, load_space
-from quantlab.sweep.workbench import Setup, Workbench, check_devices
+from quantlab.sweep.workbench import Setup, Workbench, check
 
 RECORDS = "records.jsonl"
 ABOUT = "sweep.json"
@@ -134,7 +134,7 @@ def sweep(
     setup = replace(setup or Setup("", folder), model=str(model), folder=folder)
     chosen = space if isinstance(space, Space) else load_space(space, overrides)
     fingerprint = fingerprint_folder(resolve(setup.model))
-    check_devices(setup)
+    check(setup)
     measurement = _measurement(setup)
     jobs = [(candidate, _key(fingerprint, candidate, measurement)) for candidate in chosen.candidates]
     about = {

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 import gguf
 import torch
 import transformers
-from quantlab_evals import PREDICTED, EvalError, SpeedSettings
+from quantlab_evals import PREDICTED, EvalError, SpeedSettings, check_length, load_cost
 
-from quantlab.benchmark import bench
+from quantlab.benchmark import LOAD, bench
 from quantlab.checkpoint.baseline import baseline_bits
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
+from quantlab.devices import device_called
 from quantlab.engine.calibration import CalibrationData, prepare
 from quantlab.engine.progress import Silent, Start
 from quantlab.engine.quantize import quantize
@@ -33,7 +34,6 @@ from quantlab.evaluation.quality import Evaluator
 from quantlab.evaluation.record import Evaluation
 from quantlab.evaluation.subject import Subject
 from quantlab.inspection import inspect
-from quantlab.model_shape import model_shapes
 from quantlab.prediction import roofline
 from quantlab.recipe import Calibration
 from quantlab.sweep.space import Candidate
@@ -199,8 +199,11 @@ class Workbench:
         def progress(done: int, total: int, what: str) -> None:
             tell(f"speed, {done + 1} of {total}: {what}")
 
-        found = bench([name], against=against, settings=settings, layers=False, progress=progress)
-        ours = found.models[0]
+        found = bench([name], against=against, settings=settings, memory=False, layers=False, progress=progress)
+        tell("load in a process of its own")
+        machine = found.comparison.machine
+        cost = load_cost(LOAD, name, threads=machine.threads, prompt_tokens=settings.prompt_tokens)
+        ours = replace(found.models[0], loading=cost)
         batch = settings.batches[0]
         run = ours.speed.best(batch)
         measures = {
@@ -208,10 +211,10 @@ class Workbench:
             "prefill": run.prefill_rate,
             "first_token": 1e3 * run.prefill.median,
             "times_faster": found.ratio(ours.name, batch),
-            "memory": ours.loading.running.peak / 1e6 if ours.loading else None,
-            "load_seconds": ours.loading.seconds if ours.loading else None,
+            "memory": cost.running.peak / 1e6,
+            "load_seconds": cost.seconds,
         }
-        return {"measures": measures, "speed": {**ours.to_dict(), "machine": vars(found.comparison.machine)}}
+        return {"measures": measures, "speed": {**ours.to_dict(), "machine": vars(machine)}}
 
     def _predicted(self, candidate: Candidate) -> tuple[dict[str, float], list[str]]:
         """Decoding on devices that are not here; nothing for what other tools made."""
@@ -262,8 +265,14 @@ def _file_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)[:60]
 
 
-def check_devices(setup: Setup) -> None:
-    """Refuse devices that are not known, before any work."""
-    if setup.devices:
-        model_shapes(resolve(setup.model), None)
-        roofline(setup.model, None, setup.devices)
+def check(setup: Setup) -> None:
+    """Refuse, before any work, devices that are not known and prompts that are longer than the model reads.
+
+    Raises:
+        QuantlabError: names the device.
+        EvalError: names the length.
+    """
+    if setup.speed is not None:
+        check_length(Subject.of(setup.model).config, setup.speed.prompt_tokens + setup.speed.new_tokens)
+    for device in setup.devices:
+        device_called(device)

@@ -163,6 +163,10 @@ def _row(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {"variant": record["variant"], "kind": record["kind"], **{n: record["measures"].get(n) for n in names}}
 
 
+def _header(measure: Measure) -> str:
+    return measure.name if measure.unit in ("", measure.name) else f"{measure.name} {measure.unit}"
+
+
 def _table(
     records: Sequence[Mapping[str, Any]],
     measures: Sequence[Measure],
@@ -174,7 +178,7 @@ def _table(
         table.add_column("", no_wrap=True)
     table.add_column("variant", overflow="fold")
     for measure in measures:
-        table.add_column(f"{measure.name}{f' {measure.unit}' if measure.unit else ''}", justify="right", no_wrap=True)
+        table.add_column(_header(measure), justify="right", no_wrap=True)
     names = {record["variant"] for record in bold}
     for record in sorted(records, key=lambda record: record["measures"].get(measures[0].name) or float("inf")):
         cells = [record["variant"], *(value(record["measures"].get(measure.name)) for measure in measures)]

@@ -161,16 +161,15 @@ def pareto(
         limits += [Limit(measure_called(n), low=v) for n, v in (_pair(text, "--over") for text in over or ())]
         quality = by or next((name for name in names if name not in _SIZES), names[-1])
         answers: list[tuple[str, Mapping[str, Any] | None]] = []
+        variants = [record for record in found.measured if record["kind"] != "original"]
         if limits:
-            answers.append(
-                (_words(f"best {measure_called(quality).label}", limits), best(found.measured, quality, limits))
-            )
+            answers.append((_words(f"best {measure_called(quality).label}", limits), best(variants, quality, limits)))
         if within is not None:
             if found.original is None:
                 raise DataError(f"{folder}: the original was not measured; run the sweep again")
             name, share = _pair(within, "--within")
             limit = near(found.original, name, share)
-            answers.append((_words("smallest", [limit, *limits]), best(found.measured, "bytes", [limit, *limits])))
+            answers.append((_words("smallest", [limit]), best(variants, "bytes", [limit])))
         if csv is not None:
             try:
                 csv.write_text(show_sweep.as_csv(found, front), encoding="utf-8")
@@ -241,4 +240,4 @@ def _pair(text: str, option: str) -> tuple[str, float]:
 
 
 def _words(what: str, limits: list[Limit]) -> str:
-    return f"{what} with {', '.join(map(str, limits))}"
+    return f"{what}, {', '.join(map(str, limits))}"

@@ -82,9 +82,9 @@ class Browser:
     def screenshot(self, file: Path) -> None:
         """The whole page as a picture."""
         size = self.command("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        picture = self.command("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(picture["data"]))
+        self.resize(int(size["width"]), int(size["height"]))
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        file.write_bytes(base64.b64decode(self.command("Page.captureScreenshot")["data"]))
 
     def command(self, method: str, **parameters: Any) -> Any:
         """A command of the DevTools protocol, and its answer."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -235,6 +236,18 @@ def test_light_and_dark(fresh):
     fresh.run("document.getElementById('theme').click()")
     assert fresh.run(ground) != dark
     fresh.scheme("light")
+    assert fresh.complained == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_picture_of_it_is_whole(fresh, tmp_path, width):
+    fresh.resize(width)
+    fresh.screenshot(tmp_path / "page.png")
+    data = (tmp_path / "page.png").read_bytes()
+    size = struct.unpack(">II", data[16:24])  # of the PNG's header
+    assert size[0] == width
+    assert size[1] > 3000
+    assert len(data) > 50_000, "there is something on it"
     assert fresh.complained == []
 
 

@@ -343,8 +343,14 @@
     if (variants.some((variant) => variant.reliability)) drawReliability();
   }
 
+  let asked = 0;
+  function drawSoon() { // once for all that changed meanwhile, when the page has its new size
+    cancelAnimationFrame(asked);
+    asked = requestAnimationFrame(drawEverything);
+  }
+
   function begin() {
-    at("model").textContent = data.model;
+    at("model").textContent = data.name;
     at("subtitle").textContent = data.title + (data.measurement.text ? ` · measured on ${data.measurement.text}` : "") +
       (data.measurement.windows ? `, ${data.measurement.windows} windows of ${data.measurement["window length"]} tokens` : "");
     const layered = variants.map((variant, i) => [variant, i]).filter(([variant]) => variant.errors);
@@ -362,8 +368,9 @@
       document.documentElement.dataset.theme = dark ? "light" : "dark";
       drawEverything();
     });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawEverything);
-    matchMedia("(max-width: 599px)").addEventListener("change", drawEverything);
+    for (const query of ["(prefers-color-scheme: dark)", "(max-width: 599px)"]) {
+      matchMedia(query).addEventListener("change", drawSoon);
+    }
     if (data.verdicts.length) state.selected = variants.find((variant) => variant.name === data.verdicts[0].variant) ?? null;
     if (state.selected?.errors) at("layered").value = String(variants.indexOf(state.selected));
     drawVerdicts(); drawAxes(); drawFacets(); drawHow(); drawEverything();

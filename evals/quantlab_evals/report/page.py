@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,7 +37,7 @@ def page(records: Sequence[Record], about: Mapping[str, Any]) -> str:
         raise EvalError("the report is drawn by plotly, which is missing: pip install plotly") from error
     document = content(records, about)
     parts = {
-        "title": html.escape(f"{document['model']}: {document['title']}"),
+        "title": html.escape(f"{document['name']}: {document['title']}"),
         "style": _file("page.css"),
         "program": _file("page.js"),
         "plotly": get_plotlyjs(),
@@ -67,6 +68,7 @@ def content(records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, An
     names = [measure.name for measure in measures]
     return {
         "model": str(about.get("model", "")),
+        "name": name_of(about),
         "title": f"{len([r for r in whole if r['kind'] != 'original'])} variants",
         "measures": [measure.to_dict() for measure in measures],
         "axes": [next(n for n in ("bits", "bytes", *names) if n in names), quality.name if quality else names[1]],
@@ -76,6 +78,12 @@ def content(records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, An
         "verdicts": [verdict.to_dict() for verdict in verdicts(whole)],
         "measurement": _measurement(whole, about),
     }
+
+
+def name_of(about: Mapping[str, Any]) -> str:
+    """What the model is called; of a path, its end."""
+    model = str(about.get("model", ""))
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _measures(records: Sequence[Record]) -> list[Measure]:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import EvalError
 from ..measures import Measure
 from ..pareto import Front, Record, figure, pareto
+from .page import name_of
 from .verdicts import quality_of
 
 _WIDTH, _HEIGHT = 860, 520
@@ -31,7 +32,7 @@ def pictures(records: Sequence[Record], about: Mapping[str, Any]) -> dict[str, s
             front = pareto(whole, [across, quality.name if quality else "kl"])
         except EvalError:
             continue
-        drawn[name] = _scatter(front, str(about.get("model", "")))
+        drawn[name] = _scatter(front, name_of(about))
     return drawn
 
 

@@ -369,7 +369,10 @@ def test_compare_says_one_document_and_its_progress_elsewhere(place):
     assert "7 layers in 2 blocks, each quantized in 8 ways" in done.stderr
     assert "Traceback" not in done.stderr
     page = (place / "plot.html").read_text()
-    assert "channel gptq" in page
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert [entry["name"] for entry in data["variants"]] == [entry["variant"] for entry in document["variants"]]
+    assert {measure["name"] for measure in data["measures"]} >= {"bits", "output_error", "weight_error"}
+    assert len(data["failed"]) == 4
     assert not re.search("<(script|link)[^>]*http", page), "it needs no network"
 
 

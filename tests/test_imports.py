@@ -59,12 +59,12 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.plan_problem": TOP | {"quantlab.latency", "quantlab.variants"},
     "quantlab.planning": TOP | {"quantlab.plan_problem", "quantlab.variants"},
     "quantlab.plan_check": TOP | {"quantlab.evaluation", "quantlab.plan_problem", "quantlab.planning"},
-    "quantlab.benchmark": TOP | {"quantlab.layer_speed"},
+    "quantlab.benchmark": TOP | {"quantlab.layer_speed", "quantlab.evaluation"},
     "quantlab.devices": {"quantlab.errors", "quantlab_evals"},
     "quantlab.layer_speed": TOP,
     "quantlab.model_shape": TOP,
     "quantlab.prediction": TOP | {"quantlab.devices", "quantlab.model_shape"},
-    "quantlab.sweep": TOP | {"quantlab.evaluation"},
+    "quantlab.sweep": TOP | SPEED | {f"quantlab.{part}" for part in ("evaluation", "inspection", "variants")},
     "quantlab.cli": TOP | API | {"quantlab"},
     "quantlab": TOP | API,  # its __init__, the public names
 }

@@ -18,6 +18,7 @@ from quantlab.cli import (
     evaluate_generation,
     plan,
     roofline,
+    sweep,
 )
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
@@ -176,6 +177,9 @@ app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
+app.command(epilog=sweep.SWEEP_EXAMPLES)(sweep.sweep)
+app.command(epilog=sweep.PARETO_EXAMPLES)(sweep.pareto)
+app.command(epilog=sweep.REPORT_EXAMPLES)(sweep.report)
 
 
 @app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")

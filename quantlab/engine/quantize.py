@@ -89,7 +89,8 @@ def quantize(
         recipe: a ready recipe's name, a YAML file, a mapping or a Recipe.
         out: the folder to write; it must not exist, unless ``overwrite``.
         overrides: ``key=value`` changes to the recipe.
-        calibration: documents, or token ids int64 ``[samples, length]``, instead of the recipe's source.
+        calibration: documents, token ids int64 ``[samples, length]``, or sequences that were drawn before, instead of
+            the recipe's source.
         tokenizer: for a model in memory; otherwise the model's own is loaded.
         progress: told what happens.
         restart: throw away what an interrupted run left.
@@ -115,7 +116,7 @@ def quantize(
     observed = any(layer.needs for layer in plan.values())
     data, rescaling, batches = None, None, []
     if observed or awq:
-        if tokenizer is None and not isinstance(calibration, torch.Tensor):
+        if tokenizer is None and not isinstance(calibration, torch.Tensor | CalibrationData):
             tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
         tokenizer = None  # some take as much memory as a block

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
+    from quantlab.export import Export, export
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
     from quantlab.prediction import Roofline, roofline
@@ -30,6 +31,7 @@ __all__ = [
     "Comparison",
     "DescribedFormat",
     "Evaluation",
+    "Export",
     "Inspection",
     "QuantlabError",
     "Recipe",
@@ -40,6 +42,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_variants",
+    "export",
     "formats",
     "inspect",
     "load",
@@ -55,6 +58,7 @@ _HOMES = {
     "Comparison": "comparison",
     "DescribedFormat": "formats",
     "Evaluation": "evaluation",
+    "Export": "export",
     "Inspection": "inspection",
     "QuantlabError": "errors",
     "Recipe": "recipe",
@@ -65,6 +69,7 @@ _HOMES = {
     "compare": "comparison",
     "evaluate": "evaluation",
     "evaluate_variants": "evaluation",
+    "export": "export",
     "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",

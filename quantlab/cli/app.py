@@ -16,6 +16,7 @@ from quantlab.cli import (
     evaluate_benchmarks,
     evaluate_code,
     evaluate_generation,
+    export,
     roofline,
 )
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
@@ -164,6 +165,9 @@ def inspect_(
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
+
+
+app.command(epilog=export.EXAMPLES)(export.export)
 
 
 @app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")

@@ -1,8 +1,8 @@
 """compressed-tensors: what vLLM and plain ``AutoModelForCausalLM.from_pretrained`` load.
 
 A layer ``M`` becomes ``M.weight_packed`` (or ``M.weight``), ``M.weight_scale`` and what its scheme has besides; the
-schemes, with the layers that they are for, stand in config.json. Layouts: the library's, version 0.20 (dense bit streams
-for widths that do not divide 32).
+schemes, with the layers that they are for, stand in config.json. Layouts: those of the library's version 0.20 (dense
+bit streams for widths that do not divide 32).
 """
 
 from __future__ import annotations

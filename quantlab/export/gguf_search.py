@@ -1,9 +1,9 @@
-"""Weights to GGUF's blocks: scales (and minimums) searched for the smallest error, weighted by the inputs' second moment.
+"""Weights to GGUF's blocks: scales (and minimums) searched for the smallest error, as far as inputs make it count.
 
 Symmetric blocks take the searched full-range scales that quantlab's own formats take. Where a block has a minimum, the
 range is tried at several widths, and the codes' own least-squares scale and minimum follow, as in llama.cpp's
-``make_qkx`` family. K types have scales of two levels: those of the sub-blocks are found first, rounded to the few bits that
-they get under the block's float16, and the codes chosen anew for what they became.
+``make_qkx`` family. K types have scales of two levels: those of the sub-blocks are found first, rounded to the few bits
+that they get under the block's float16, and the codes chosen anew for what they became.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def quantized_blocks(weight: torch.Tensor, kind: str, importance: torch.Tensor |
     Returns:
         uint8 ``[rows, bytes]``.
     """
-    encode, size = TYPES[kind]
+    encode, _ = TYPES[kind]
     rows, columns = weight.shape
     step = max(1, _CHUNK // columns)
     importance = None if importance is None else importance.float().clamp(min=1e-12 * float(importance.max()) + 1e-30)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quantlab.inspection import Inspection, inspect
     from quantlab.prediction import Roofline, roofline
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
+    from quantlab.verification import Verification, verify
 
 __all__ = [
     "Bench",
@@ -38,6 +39,7 @@ __all__ = [
     "Result",
     "Roofline",
     "Scheme",
+    "Verification",
     "bench",
     "compare",
     "evaluate",
@@ -51,6 +53,7 @@ __all__ = [
     "ready_recipes",
     "roofline",
     "save_adapter",
+    "verify",
 ]
 
 _HOMES = {
@@ -65,6 +68,7 @@ _HOMES = {
     "Result": "engine.quantize",
     "Roofline": "prediction",
     "Scheme": "recipe",
+    "Verification": "verification",
     "bench": "benchmark",
     "compare": "comparison",
     "evaluate": "evaluation",
@@ -78,6 +82,7 @@ _HOMES = {
     "ready_recipes": "recipe",
     "roofline": "prediction",
     "save_adapter": "checkpoint.adapter",
+    "verify": "verification",
 }
 
 

@@ -31,7 +31,8 @@ ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
 SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "layer_speed", "model_shape", "prediction")}
 API = SPEED | {
-    f"quantlab.{part}" for part in ("export", "formats", "inspection", "evaluation", "variants", "comparison", "sweep")
+    f"quantlab.{part}"
+    for part in ("export", "verification", "formats", "inspection", "evaluation", "variants", "comparison", "sweep")
 }
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
@@ -50,6 +51,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine"},
     "quantlab.export": MODEL | {"quantlab.checkpoint"},
+    "quantlab.verification": TOP,
     "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,

@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from quantlab.checkpoint.native import parse_quantization_config, read_layer
-from quantlab.checkpoint.skeleton import auto_dtype, empty_model, model_class, untie
+from quantlab.checkpoint.placement import assign, selected
+from quantlab.checkpoint.skeleton import auto_dtype, empty_model, fill_non_persistent_buffers, model_class, untie
 from quantlab.checkpoint.weights import WeightFiles
 from quantlab.errors import CheckpointError
 from quantlab.nn import unfuse_experts
 from quantlab.numerics import QTensor
+
+DIGEST = "verification.json"
+"""What the model says of a few prompts, kept beside it: see :mod:`quantlab.verification`."""
 
 # Bytes of tensors, as they are stored, that are worked on at once: what a shard of a new folder comes to hold.
 _PART = 1 << 30
@@ -96,15 +102,43 @@ class QuantizedFolder:
             del config.quantization_config
         return config
 
-    def skeleton(self, *, unfuse: bool = True) -> PreTrainedModel:
+    def skeleton(self, *, unfuse: bool = True, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model without weights and with plain layers; a quantized head is not tied.
 
         Args:
             unfuse: take a mixture's experts apart, as the folder has them.
+            dtype: in which the model is to be; its own if None.
         """
         config = self.original_config()
-        model = empty_model(model_class(config, self.folder), config, self.dtype)
+        model = empty_model(model_class(config, self.folder), config, dtype or self.dtype)
+        untie(model, [name for name in model.all_tied_weights_keys if name.removesuffix(".weight") in self.layers])
+        fill_non_persistent_buffers(model)
         if unfuse:
             unfuse_experts(model)
-        untie(model, [name for name in model.all_tied_weights_keys if name.removesuffix(".weight") in self.layers])
         return model.requires_grad_(False).eval()
+
+    def load(self, model: nn.Module, names: set[str]) -> None:
+        """Fill these parameters and persistent buffers of a skeleton, quantized weights decoded.
+
+        Raises:
+            CheckpointError: the folder has nothing for one of them.
+        """
+        ties = getattr(model, "all_tied_weights_keys", {})
+        for tensor, places in selected(model, lambda name: name in names):
+            known = [name for _, _, name in places] + [ties[name] for _, _, name in places if name in ties]
+            module, leaf, _ = places[0]
+            layer = next(
+                (name.removesuffix(".weight") for name in known if name.removesuffix(".weight") in self.layers), None
+            )
+            if leaf == "weight" and layer is not None:
+                value = self.layer(layer).dequantize(tensor.dtype)
+                value = value.T.contiguous() if isinstance(module, Conv1D) else value
+            elif stored := [name for name in known if name in self.files.stored]:
+                value = self.files.read(stored[0]).to(tensor.dtype)
+            else:
+                raise CheckpointError(f"{known[0]}: no weight file has it; the folder is not complete")
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{known[0]}: has shape {list(value.shape)}, the model wants {list(tensor.shape)}"
+                )
+            assign(places, value)

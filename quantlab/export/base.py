@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from quantlab.checkpoint.quantized import DIGEST
 from quantlab.errors import CheckpointError
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor, apply_scales, choose_scales, grid
@@ -154,6 +155,12 @@ def fused_sets(names: Iterable[str]) -> list[list[str]]:
             if leaf in members:
                 sets.setdefault((parent, index), []).append(name)
     return [members for members in sets.values() if len(members) > 1]
+
+
+def copy_digest(source: Path, folder: Path) -> None:
+    """Take along what the model said of a few prompts, where that is known: the export is to say the same."""
+    if (source / DIGEST).is_file():
+        shutil.copyfile(source / DIGEST, folder / DIGEST)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from quantlab.export.base import (
     ExportedLayer,
     Refusals,
     as_words,
+    copy_digest,
     fused_sets,
     granularity_of,
     integers_of,
@@ -112,6 +113,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         writer.finish(config, _config(schemes, linear), source.folder)
         notes = _save_corrections(source, folder, out) if not requantize else ()
+        copy_digest(source.folder, folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Export(out, "compressed-tensors", tuple(done), size, notes)
 

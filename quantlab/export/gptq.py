@@ -27,6 +27,7 @@ from quantlab.export.base import (
     ExportedLayer,
     Refusals,
     as_words,
+    copy_digest,
     granularity_of,
     integers_of,
     new_folder,
@@ -85,6 +86,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, vers
         writer.write_json("quantize_config.json", described)
         writer.finish(config, described, source.folder)
         notes = _notes(source, folder, out, described, requantize)
+        copy_digest(source.folder, folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Export(out, "gptq", tuple(done), size, notes)
 

@@ -3,8 +3,8 @@
     python benchmarks/exported.py DIR TEXT NAME=PATH... [--windows 2] [--length 1024]
 
 `NAME` says who loads: quantlab (`quantlab.load`), transformers (plain `from_pretrained`, nothing of quantlab imported),
-transformers-gguf (`from_pretrained(gguf_file=...)`), llama.cpp (`llama_cpp`, of an optional installation). All score the
-same token ids, in float32 where the loader lets one choose.
+transformers-gguf (`from_pretrained(gguf_file=...)`), llama.cpp (`llama_cpp`, of an optional installation). All score
+the same token ids, in float32 where the loader lets one choose.
 """
 
 from __future__ import annotations

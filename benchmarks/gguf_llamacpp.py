@@ -4,9 +4,9 @@
     python benchmarks/gguf_llamacpp.py DIR FILE.gguf [--tokens 48]
 
 Greedy continuations of a few prompts, token by token, and the prompts' own tokens by both tokenizers. llama.cpp rounds
-activations to 8 bits for its products, so that a near tie can fall to the other side: where the two part, the margin that
-our model had between its two likeliest tokens is shown, and llama.cpp is set back on our track, so that every position is
-compared given the same text.
+activations to 8 bits for its products, so that a near tie can fall to the other side: where the two part, the margin
+that our model had between its two likeliest tokens is shown, and llama.cpp is set back on our track, so that every
+position is compared given the same text.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class QuantizedFolder:
 
     def original_config(self) -> PretrainedConfig:
         """The model's config without what it says of the quantization."""
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         config = copy.deepcopy(config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config

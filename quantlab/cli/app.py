@@ -72,6 +72,9 @@ def quantize(
     seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a model that is quantized already: a second loss.")
+    ] = False,
     verified: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load the result in a process of its own and check it.")
     ] = True,
@@ -94,7 +97,16 @@ def quantize(
             prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import quantize as run
 
-            result = run(model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite)
+            result = run(
+                model,
+                recipe,
+                out,
+                overrides=overrides,
+                progress=watch,
+                restart=restart,
+                overwrite=overwrite,
+                requantize=requantize,
+            )
         memory = peak_memory()
         checked = verify.checked(result.folder) if verified else None
         document = {

@@ -50,7 +50,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine"},
-    "quantlab.export": MODEL | {"quantlab.checkpoint"},
+    "quantlab.export": TOP,
     "quantlab.verification": TOP,
     "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,

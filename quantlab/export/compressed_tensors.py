@@ -36,7 +36,7 @@ from quantlab.export.base import (
     usual_group,
 )
 from quantlab.nn import Storage
-from quantlab.numerics import QTensor, decode_scales
+from quantlab.numerics import OuterScales, QTensor, Scales, apply_scales, decode_scales, scale_type
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 # Formats of floating-point codes, by table, group and stored scales: what compressed-tensors calls them, bits.
@@ -89,6 +89,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
     modules = dict(plain.named_modules())
     usual = usual_group(source.layers.values())
     _check_headers(source, modules, requantize, usual)
+    common = _common_scales(source) if requantize else {}
     done: list[ExportedLayer] = []
     schemes: dict[str, _Encoded] = {}
     with new_folder(out) as folder:
@@ -101,7 +102,18 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
                     tensors[f"{name}.weight"] = _dense(source.layer(name), modules[name], source.dtype)
                     done.append(ExportedLayer(name, "dense", False, "decoded: the format quantizes linear layers only"))
                     continue
-                encoded, report = _encoded(name, source.layer(name), source.dtype, requantize, usual)
+                qtensor = source.layer(name)
+                shared = common.get(name)
+                moved = (
+                    shared is not None and qtensor.outer is not None and not torch.equal(shared, qtensor.outer.scales)
+                )
+                if shared is not None and moved:
+                    qtensor = under_common_scale(qtensor, shared)
+                encoded, report = _encoded(name, qtensor, source.dtype, requantize, usual)
+                if moved and report.exact:
+                    report = replace(
+                        report, exact=False, note="rounded again: under a global scale that its set shares"
+                    )
                 tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in encoded.tensors.items()}
                 kept_of_it = {key: value for key, value in encoded.tensors.items() if value.numel() == 1}
                 schemes[name] = replace(encoded, tensors=kept_of_it)
@@ -275,6 +287,23 @@ def _dense(qtensor: QTensor, module: nn.Module, dtype: torch.dtype) -> torch.Ten
     return weight if isinstance(module, nn.Embedding) else weight.T  # GPT-2's Conv1D
 
 
+def _common_scales(source: QuantizedFolder) -> dict[str, torch.Tensor]:
+    """The float32 above the 8-bit scales that the layers of a fused set could share: the largest among them."""
+    single = {name for name, storage in source.layers.items() if storage.outer_scales == 1}
+    common = {}
+    for members in fused_sets(single):
+        largest = torch.stack([source.files.read(f"{name}.outer_scales") for name in members]).amax(0)
+        common |= dict.fromkeys(members, largest)
+    return common
+
+
+def under_common_scale(qtensor: QTensor, shared: torch.Tensor) -> QTensor:
+    """A weight under another second-level scale ``[1]``: its 8-bit scales and codes chosen again."""
+    kind, outer = scale_type("e4m3"), OuterScales(shared)
+    scales = Scales(kind.encode(decode_scales(qtensor.scales, qtensor.outer), outer), None, outer)
+    return QTensor.of(apply_scales(qtensor.dequantize(), qtensor.grid, scales), scales, qtensor.grid)
+
+
 def _check_fused(schemes: Mapping[str, _Encoded]) -> None:
     """Refuse layers that a server runs as one product and that do not agree."""
     for members in fused_sets(schemes):
@@ -290,7 +319,8 @@ def _check_fused(schemes: Mapping[str, _Encoded]) -> None:
             if what:
                 raise CheckpointError(
                     f"{other}: {what}; servers run the two as one layer and would refuse the file, or answer garbage; "
-                    "quantize them alike, or, for transformers alone, export with --set fused=any"
+                    "quantize them alike, for transformers alone export with --set fused=any, or, where only global scales "
+                    "differ, with --requantize"
                 )
 
 

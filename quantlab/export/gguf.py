@@ -17,7 +17,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from quantlab.checkpoint.quantized import QuantizedFolder
@@ -27,6 +26,7 @@ from quantlab.export import gguf_blocks as blocks
 from quantlab.export.base import CannotHoldError, Export, ExportedLayer, integers_of, same_in
 from quantlab.export.gguf_model import add_metadata, layout_of, row_order, tensor_names
 from quantlab.export.gguf_search import TYPES, quantized_blocks
+from quantlab.export.importance import importance_of
 from quantlab.numerics import Grid, QTensor, decode_scales
 
 _REMEDY = (
@@ -36,7 +36,9 @@ _REMEDY = (
 # What is tried for a layer that must be rounded again, by bits of its format.
 _AGAIN = {1: "q2_k", 2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 7: "q8_0", 8: "q8_0"}
 _WITHOUT_SUPER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_0", "q5_k": "q5_0", "q6_k": "q8_0"}
+_DENSE = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _FILE_TYPES = {
+    **{"bf16": "BF16", "f16": "F16"},
     **{kind: kind.upper() for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q6_k")},
     **{"q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M", "mxfp4": "MXFP4_MOE"},
 }
@@ -61,7 +63,8 @@ def export(
         types: block types by pattern of names (``{"*.down_proj": "q6_k"}``, the last that matches wins): these are
             rounded again, or for the first time where an ``original`` is given. Embeddings and heads can be named, too.
         original: the model's folder before it was quantized, to round those from.
-        importance: a safetensors file with the second moment of each layer's inputs, ``[in]`` by layer name.
+        importance: a safetensors file with the second moment of each layer's inputs, ``[in]`` by layer name, or
+            ``measure``: the original runs over the calibration data of the folder's recipe.
         pre: what llama.cpp calls the tokenizer's way of cutting text into words, where it is not recognized.
 
     Raises:
@@ -73,8 +76,8 @@ def export(
     if out.exists():
         raise CheckpointError(f"{out}: exists already; choose another --out")
     for kind in (types or {}).values():
-        if kind not in TYPES:
-            raise CheckpointError(f"--set types: {kind!r} is none of {', '.join(TYPES)}")
+        if kind not in TYPES and kind not in _DENSE:
+            raise CheckpointError(f"--set types: {kind!r} is none of {', '.join([*TYPES, *_DENSE])}")
     plan = _Plan(source, requantize, types or {}, original, importance)
     partial = out.absolute().with_name(f"{out.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(str(partial), plan.layout.architecture, use_temp_file=True)
@@ -115,7 +118,7 @@ class _Plan:
         self.names = tensor_names(self.layout, self.config.num_hidden_layers, names)
         self.original = None if original is None else open_source(Path(original).expanduser())
         self.skeleton = None if self.original is None else self.original.skeleton()
-        self.importance = {} if importance is None else load_file(Path(importance).expanduser())
+        self.importance = importance_of(source, importance, original)
 
     def write(self, writer: gguf.GGUFWriter) -> list[ExportedLayer]:
         """Add every tensor; what became of the quantized layers."""
@@ -145,9 +148,11 @@ class _Plan:
         weight = qtensor.dequantize()
         if self.original is not None:
             weight, reason = self._original(name, order), f"rounded from the original to {wanted}"
+        elif wanted in _DENSE:
+            reason = f"decoded, to {wanted}" if wanted != "f32" else ""
         kind = self._fitting(name, wanted, weight.shape[1])
-        data = quantized_blocks(weight, kind, self.importance.get(name))
-        return data, kind, ExportedLayer(name, kind.upper(), False, reason)
+        data = self._made(name, weight, kind)
+        return data, kind, ExportedLayer(name, kind.upper(), not reason, reason)
 
     def _wanted(self, name: str) -> str | None:
         """The type that was asked for a layer: the last pattern's that matches."""
@@ -155,6 +160,8 @@ class _Plan:
 
     def _fitting(self, name: str, kind: str, columns: int) -> str:
         """The type, or one of blocks of 32 where a row is not whole blocks of 256."""
+        if kind in _DENSE:
+            return kind
         if columns % TYPES[kind][1]:
             kind = _WITHOUT_SUPER.get(kind, kind)
         if columns % TYPES[kind][1]:
@@ -181,10 +188,17 @@ class _Plan:
         wanted = self._wanted(stem) if tensor.ndim == 2 else None
         if wanted:
             kind = self._fitting(name, wanted, tensor.shape[1])
-            self._add(writer, name, quantized_blocks(tensor.float(), kind, self.importance.get(stem)), kind)
+            self._add(writer, name, self._made(stem, tensor.float(), kind), kind)
             return
-        kind = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(tensor.dtype, "f32")
-        self._add(writer, name, tensor.view(torch.uint8) if kind == "bf16" else tensor, kind)
+        kind = next((kind for kind, dtype in _DENSE.items() if dtype == tensor.dtype), "f32")
+        self._add(writer, name, self._made(name, tensor, kind), kind)
+
+    def _made(self, name: str, weight: torch.Tensor, kind: str) -> torch.Tensor:
+        """A weight as the file holds it in this type."""
+        if kind in _DENSE:
+            dense = weight.to(_DENSE[kind])
+            return dense.view(torch.uint8) if kind == "bf16" else dense
+        return quantized_blocks(weight, kind, self.importance.get(name))
 
     def _add(self, writer: gguf.GGUFWriter, name: str, data: torch.Tensor, kind: str) -> None:
         array = np.ascontiguousarray(data.numpy())
@@ -309,4 +323,4 @@ def _reordered(qtensor: QTensor, order: torch.Tensor) -> QTensor:
 def _file_type(done: list[ExportedLayer]) -> int:
     """What the file calls itself: the commonest type of the quantized layers."""
     (kind, _), *_ = Counter(layer.stored.lower() for layer in done).most_common()
-    return int(gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES[kind]}"])
+    return int(gguf.LlamaFileType.ALL_F32 if kind == "f32" else gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES[kind]}"])

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from quantized_folders import SIZES, decoded, logits, quantized, tiny
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 import quantlab
 from quantlab.errors import CheckpointError
@@ -15,6 +16,7 @@ from quantlab.export import export
 
 pytest.importorskip("compressed_tensors")
 
+NEOX = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 EXACT = {
     **{f"int{bits}": {"format": f"int{bits}"} for bits in range(2, 9)},
     "int4-narrow": {"format": "int4-narrow"},
@@ -127,6 +129,23 @@ class TestRefuses:
             export(folder, "compressed-tensors", tmp_path / "ct")
         assert not (tmp_path / "ct").exists()
 
+    def test_global_scales_of_fused_layers_that_differ(self, tmp_path):
+        folder = quantized(tmp_path, EXACT["nvfp4"])
+        with pytest.raises(CheckpointError, match="another global scale"):
+            export(folder, "compressed-tensors", tmp_path / "ct")
+        done = export(folder, "compressed-tensors", tmp_path / "ct", requantize=True)
+        assert {layer.exact for layer in done.layers} == {True, False}
+        tensors = load_file(tmp_path / "ct" / "model.safetensors")
+        for layer in range(2):
+            found = [tensors[f"model.layers.{layer}.self_attn.{p}_proj.weight_global_scale"] for p in "qkv"]
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+        model = loaded(tmp_path / "ct")
+        logits(model)
+        for layer, weight in decoded(folder).items():
+            error = model.get_submodule(layer).weight.float() - weight
+            assert error.square().sum() < 0.01 * weight.square().sum(), layer
+
     def test_layers_that_are_no_linear_layers(self, tmp_path):
         config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=300, n_positions=64)
         folder = quantized(tmp_path, {"format": "int4"}, tiny(config))
@@ -148,6 +167,18 @@ class TestRefuses:
             export(folder, "ggml", tmp_path / "ct")
         with pytest.raises(CheckpointError, match="--set nonsense"):
             export(folder, "gptq", tmp_path / "ct", settings={"nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3Config(**SIZES, head_dim=32), Phi3Config(**SIZES), GPTNeoXConfig(**NEOX)],
+    ids=["qwen3", "phi3", "neox"],
+)
+def test_other_families(config, tmp_path):
+    folder = quantized(tmp_path, {"format": "int4"}, tiny(config))
+    assert export(folder, "compressed-tensors", tmp_path / "ct").exact
+    found, ours = logits(loaded(tmp_path / "ct")), logits(quantlab.load(folder))
+    assert (found - ours).abs().max() < 0.05 * ours.std()
 
 
 def test_a_quantized_head_that_was_tied(tmp_path):

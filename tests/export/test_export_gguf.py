@@ -28,10 +28,12 @@ from transformers import (
 
 import quantlab
 from quantlab.checkpoint.gguf import import_gguf
+from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.errors import CheckpointError
 from quantlab.export import export
 from quantlab.export.gguf import exact_blocks
 from quantlab.export.gguf_model import llama3_divisors
+from quantlab.export.importance import importance_of
 from quantlab.numerics import QTensor, grid
 
 TIED = {**SIZES, "tie_word_embeddings": True}
@@ -149,6 +151,33 @@ def test_types_can_be_asked_for_by_name_from_the_original_with_importance(tmp_pa
         found = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         costs[name] = float(((found - weight).square() * counted).sum())
     assert costs["model"] < costs["plain"]
+
+
+def test_importance_is_measured_on_the_recipes_data(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXT * 40))
+    calibration = {"source": str(tmp_path / "text.txt"), "samples": 4, "length": 32}
+    folder = written(tmp_path, {"format": "int4", "calibration": calibration})
+    settings = {"original": str(tmp_path / "model"), "importance": "measure", "types": {"model.layers.*": "q5_0"}}
+    seen = importance_of(QuantizedFolder(folder), "measure", settings["original"])
+    assert set(seen) == set(decoded(folder))
+    assert torch.equal(seen["model.layers.0.self_attn.q_proj"], seen["model.layers.0.self_attn.v_proj"])
+    assert seen["model.layers.0.self_attn.q_proj"].shape == (64,)
+    assert (seen["model.layers.0.self_attn.q_proj"] > 0).all()
+    done = export(folder, "gguf", tmp_path / "model.gguf", settings=settings)
+    assert {layer.stored for layer in done.layers} == {"Q5_0"}
+    with pytest.raises(CheckpointError, match="--set original=MODEL"):
+        export(folder, "gguf", tmp_path / "other.gguf", settings={"importance": "measure"})
+
+
+def test_layers_can_be_stored_decoded(tmp_path):
+    folder = written(tmp_path, {"format": "nf4"})
+    done = export(folder, "gguf", tmp_path / "model.gguf", settings={"types": {"*": "f32", "*.v_proj": "bf16"}})
+    assert [layer.exact for layer in done.layers if not layer.layer.endswith("v_proj")] == [True] * 12
+    back = import_gguf(tmp_path / "model.gguf", tmp_path / "back", dtype=torch.float32)
+    weights = dict(AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).named_parameters())
+    for layer, weight in decoded(folder).items():
+        expected = weight.bfloat16().float() if layer.endswith("v_proj") else weight
+        assert torch.equal(weights[f"{layer}.weight"], expected)
 
 
 @pytest.mark.parametrize("pre", PRE)

@@ -21,17 +21,20 @@ if TYPE_CHECKING:
     from quantlab.engine.quantize import Result, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
+    from quantlab.export import Export, export
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
     from quantlab.planning import plan
     from quantlab.prediction import Roofline, roofline
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
+    from quantlab.verification import Verification, verify
 
 __all__ = [
     "Bench",
     "Comparison",
     "DescribedFormat",
     "Evaluation",
+    "Export",
     "Inspection",
     "Plan",
     "QuantlabError",
@@ -39,10 +42,12 @@ __all__ = [
     "Result",
     "Roofline",
     "Scheme",
+    "Verification",
     "bench",
     "compare",
     "evaluate",
     "evaluate_variants",
+    "export",
     "formats",
     "inspect",
     "load",
@@ -52,6 +57,7 @@ __all__ = [
     "ready_recipes",
     "roofline",
     "save_adapter",
+    "verify",
 ]
 
 _HOMES = {
@@ -59,6 +65,7 @@ _HOMES = {
     "Comparison": "comparison",
     "DescribedFormat": "formats",
     "Evaluation": "evaluation",
+    "Export": "export",
     "Inspection": "inspection",
     "Plan": "allocation.plan",
     "QuantlabError": "errors",
@@ -66,10 +73,12 @@ _HOMES = {
     "Result": "engine.quantize",
     "Roofline": "prediction",
     "Scheme": "recipe",
+    "Verification": "verification",
     "bench": "benchmark",
     "compare": "comparison",
     "evaluate": "evaluation",
     "evaluate_variants": "evaluation",
+    "export": "export",
     "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",
@@ -79,6 +88,7 @@ _HOMES = {
     "ready_recipes": "recipe",
     "roofline": "prediction",
     "save_adapter": "checkpoint.adapter",
+    "verify": "verification",
 }
 
 

@@ -19,6 +19,10 @@ class CheckpointError(QuantlabError):
     """A model folder or file that cannot be read or written."""
 
 
+class VerificationError(QuantlabError):
+    """A quantized model that does not load, or does not say what was quantized."""
+
+
 class DataError(QuantlabError):
     """Text that cannot be found, or that is too short."""
 

@@ -32,7 +32,10 @@ TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
 SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "latency", "layer_speed", "model_shape", "prediction")}
 API = SPEED | {
     f"quantlab.{part}"
-    for part in ("formats", "inspection", "evaluation", "variants", "comparison", "planning", "plan_check", "plan_problem", "sweep")
+    for part in (
+        *("export", "verification", "formats", "inspection", "evaluation", "variants", "comparison", "sweep"),
+        *("planning", "plan_check", "plan_problem"),
+    )
 }
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
@@ -50,6 +53,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine", "quantlab.variants"},
+    "quantlab.export": TOP,
+    "quantlab.verification": TOP,
     "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,

@@ -161,7 +161,7 @@ class FolderSource(ModelSource):
         stats = [(file.name, file.stat()) for file in self._files.files]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         stored = [[name, str(t.dtype), list(t.shape)] for name, t in sorted(self._files.stored.items())]
-        return _digest(files, stored, self.config)
+        return digest(files, stored, self.config)
 
     @property
     def _plan(self) -> WeightPlan:
@@ -223,7 +223,7 @@ class ModuleSource(ModelSource):
             flat = tensor.detach().reshape(-1)
             some = flat[:: max(1, len(flat) // 64)].double().cpu().tolist()
             samples.append([name, str(tensor.dtype), list(tensor.shape), some])
-        return _digest(samples, self.config)
+        return digest(samples, self.config)
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,7 @@ def _initialize_absent(model: nn.Module, absent: list[Places], plan: WeightPlan)
             model.initialize_weights()
 
 
-def _digest(*identity: Any) -> str:
+def digest(*identity: Any) -> str:
+    """A short hash of JSON-able values and configs."""
     plain = [json.loads(x.to_json_string()) if isinstance(x, PretrainedConfig) else x for x in identity]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,9 +16,11 @@ from quantlab.cli import (
     evaluate_benchmarks,
     evaluate_code,
     evaluate_generation,
+    export,
     plan,
     roofline,
     sweep,
+    verify,
 )
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
@@ -72,6 +74,12 @@ def quantize(
     seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a model that is quantized already: a second loss.")
+    ] = False,
+    verified: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load the result in a process of its own and check it.")
+    ] = True,
     threads: Threads = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append a line a layer, with the time, to a file.")
@@ -91,8 +99,18 @@ def quantize(
             prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import quantize as run
 
-            result = run(model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite)
+            result = run(
+                model,
+                recipe,
+                out,
+                overrides=overrides,
+                progress=watch,
+                restart=restart,
+                overwrite=overwrite,
+                requantize=requantize,
+            )
         memory = peak_memory()
+        checked = verify.checked(result.folder) if verified else None
         document = {
             "model": model,
             "folder": result.folder,
@@ -104,9 +122,11 @@ def quantize(
             "peak_memory": memory,
             "resumed_blocks": result.resumed_blocks,
             "calibration": result.calibration,
+            "verification": None if checked is None else checked.to_dict(),
             "layers": [{**report.record(), "seconds": report.seconds} for report in result.reports],
         }
-        output.answer(document, *show.quantized(result, model=model, peak_memory=memory))
+        words = show.quantized(result, model=model, peak_memory=memory)
+        output.answer(document, *words, *(() if checked is None else verify.summary(checked)))
 
 
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
@@ -180,6 +200,10 @@ app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
 app.command(epilog=sweep.SWEEP_EXAMPLES)(sweep.sweep)
 app.command(epilog=sweep.PARETO_EXAMPLES)(sweep.pareto)
 app.command(epilog=sweep.REPORT_EXAMPLES)(sweep.report)
+
+
+app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=verify.EXAMPLES)(verify.verify)
 
 
 @app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")

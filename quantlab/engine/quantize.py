@@ -16,6 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.native import quantization_config
+from quantlab.checkpoint.requantized import open_decoded, quant_method_of
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
@@ -79,6 +80,7 @@ def quantize(
     progress: Progress | None = None,
     restart: bool = False,
     overwrite: bool = False,
+    requantize: bool = False,
 ) -> Result:
     """Quantize a model by a recipe and write the result to a folder.
 
@@ -95,6 +97,7 @@ def quantize(
         progress: told what happens.
         restart: throw away what an interrupted run left.
         overwrite: replace a result that is already there.
+        requantize: take a model that is quantized already, and round what it decodes to.
 
     Raises:
         QuantlabError: names the layer or argument, the value and the remedy; before any work where that is possible.
@@ -105,7 +108,7 @@ def quantize(
     chosen = load_recipe(recipe, overrides)
     transforms = [make_transform(name, options) for name, options in chosen.transforms.items()]
     _check_out(out, overwrite)
-    source: ModelSource = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    source = _source(model, requantize)
     skeleton = source.skeleton()
     original_bytes = parameter_bytes(skeleton)
     architecture = describe(skeleton)
@@ -148,6 +151,13 @@ def quantize(
     )
     progress.finish()
     return result
+
+
+def _source(model: str | Path | PreTrainedModel, requantize: bool) -> ModelSource:
+    if isinstance(model, PreTrainedModel):
+        return ModuleSource(model)
+    folder = resolve(model)
+    return open_decoded(folder) if requantize and quant_method_of(folder) else open_source(folder)
 
 
 def _rotated(

@@ -1,0 +1,326 @@
+"""GGUF: one file with weights, sizes and tokenizer, for llama.cpp and what is built on it.
+
+Codes stay what they are where a block type has their grid: integers under float16 scales for multiples of 32 weights,
+other formats whose values are whole multiples of a step (e2m1 has them, nf4 has not), MXFP4. A wider block is taken
+rather than a rounding: 3-bit codes lie in Q4_0 unless Q3_K holds them exactly. What no block holds is refused, or
+rounded again by a search when that is asked for.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from quantlab.checkpoint.quantized import QuantizedFolder
+from quantlab.checkpoint.source import open_source
+from quantlab.errors import CheckpointError
+from quantlab.export import gguf_blocks as blocks
+from quantlab.export.base import CannotHoldError, Export, ExportedLayer, integers_of, same_in
+from quantlab.export.gguf_model import add_metadata, layout_of, row_order, tensor_names
+from quantlab.export.gguf_search import TYPES, quantized_blocks
+from quantlab.export.importance import importance_of
+from quantlab.numerics import Grid, QTensor, decode_scales
+
+_REMEDY = (
+    "export with --requantize to round such layers again (--set types={'model.layers.*': q4_k} says to what), or "
+    "quantize the original with a recipe whose grid GGUF has (int4 in groups of 32 or 64)"
+)
+# What is tried for a layer that must be rounded again, by bits of its format.
+_AGAIN = {1: "q2_k", 2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 7: "q8_0", 8: "q8_0"}
+_WITHOUT_SUPER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_0", "q5_k": "q5_0", "q6_k": "q8_0"}
+_DENSE = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_FILE_TYPES = {
+    **{"bf16": "BF16", "f16": "F16"},
+    **{kind: kind.upper() for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q6_k")},
+    **{"q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M", "mxfp4": "MXFP4_MOE"},
+}
+
+
+def export(
+    source: QuantizedFolder,
+    out: Path,
+    *,
+    requantize: bool = False,
+    types: Mapping[str, str] | None = None,
+    original: str | None = None,
+    importance: str | None = None,
+    pre: str | None = None,
+) -> Export:
+    """Write a quantized model as a GGUF file.
+
+    Args:
+        source: what quantlab wrote.
+        out: the file to write; it must not exist.
+        requantize: round layers that no block type holds again.
+        types: block types by pattern of names (``{"*.down_proj": "q6_k"}``, the last that matches wins): these are
+            rounded again, or for the first time where an ``original`` is given. Embeddings and heads can be named, too.
+        original: the model's folder before it was quantized, to round those from.
+        importance: a safetensors file with the second moment of each layer's inputs, ``[in]`` by layer name, or
+            ``measure``: the original runs over the calibration data of the folder's recipe.
+        pre: what llama.cpp calls the tokenizer's way of cutting text into words, where it is not recognized.
+
+    Raises:
+        CheckpointError: an architecture, tokenizer or layer that GGUF, or quantlab, has no place for: the first, with
+            reason and remedy. Nothing is left at ``out``.
+    """
+    if out.suffix != ".gguf":
+        raise CheckpointError(f"--out {out}: a GGUF file's name ends in .gguf")
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; choose another --out")
+    for kind in (types or {}).values():
+        if kind not in TYPES and kind not in _DENSE:
+            raise CheckpointError(f"--set types: {kind!r} is none of {', '.join([*TYPES, *_DENSE])}")
+    plan = _Plan(source, requantize, types or {}, original, importance)
+    partial = out.absolute().with_name(f"{out.name}.{os.getpid()}.partial")
+    writer = gguf.GGUFWriter(str(partial), plan.layout.architecture, use_temp_file=True)
+    try:
+        add_metadata(writer, plan.layout, plan.config, out.stem)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        from quantlab.export.gguf_tokenizer import add_tokenizer
+
+        add_tokenizer(writer, tokenizer, plan.config.vocab_size, pre)
+        done = plan.write(writer)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(_file_type(done))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Export(out, "gguf", tuple(done), out.stat().st_size)
+
+
+class _Plan:
+    """One model on its way into a file."""
+
+    def __init__(
+        self,
+        source: QuantizedFolder,
+        requantize: bool,
+        types: Mapping[str, str],
+        original: str | None,
+        importance: str | None,
+    ) -> None:
+        self.source, self.requantize, self.types = source, requantize, types
+        self.config = source.original_config()
+        self.layout = layout_of(self.config)
+        names = [f"{name}.weight" for name in source.layers] + source.kept
+        self.names = tensor_names(self.layout, self.config.num_hidden_layers, names)
+        self.original = None if original is None else open_source(Path(original).expanduser())
+        self.skeleton = None if self.original is None else self.original.skeleton()
+        self.importance = importance_of(source, importance, original)
+
+    def write(self, writer: gguf.GGUFWriter) -> list[ExportedLayer]:
+        """Add every tensor; what became of the quantized layers."""
+        done = []
+        for layers, kept in self.source.parts():
+            for name in kept:
+                self._add_kept(writer, name)
+            for name in layers:
+                data, kind, report = self._layer(name)
+                self._add(writer, f"{name}.weight", data, kind)
+                done.append(report)
+        return done
+
+    def _layer(self, name: str) -> tuple[torch.Tensor, str, ExportedLayer]:
+        qtensor, wanted = self.source.layer(name), self._wanted(name)
+        order = row_order(self.layout, self.config, f"{name}.weight", qtensor.shape[0])
+        qtensor = qtensor if order is None else _reordered(qtensor, order)
+        reason = f"rounded again: asked for {wanted}" if wanted else ""
+        if not wanted:
+            try:
+                data, kind = exact_blocks(qtensor)
+                return data, kind, ExportedLayer(name, kind.upper())
+            except CannotHoldError as error:
+                if not self.requantize:
+                    raise CheckpointError(f"{name}: GGUF cannot hold it as it is: {error}; {_REMEDY}") from error
+                wanted, reason = _AGAIN[qtensor.grid.bits], f"rounded again: {error}"
+        weight = qtensor.dequantize()
+        if self.original is not None:
+            weight, reason = self._original(name, order), f"rounded from the original to {wanted}"
+        elif wanted in _DENSE:
+            reason = f"decoded, to {wanted}" if wanted != "f32" else ""
+        kind = self._fitting(name, wanted, weight.shape[1])
+        data = self._made(name, weight, kind)
+        return data, kind, ExportedLayer(name, kind.upper(), not reason, reason)
+
+    def _wanted(self, name: str) -> str | None:
+        """The type that was asked for a layer: the last pattern's that matches."""
+        return next((self.types[p] for p in reversed(list(self.types)) if fnmatch.fnmatchcase(name, p)), None)
+
+    def _fitting(self, name: str, kind: str, columns: int) -> str:
+        """The type, or one of blocks of 32 where a row is not whole blocks of 256."""
+        if kind in _DENSE:
+            return kind
+        if columns % TYPES[kind][1]:
+            kind = _WITHOUT_SUPER.get(kind, kind)
+        if columns % TYPES[kind][1]:
+            raise CheckpointError(f"{name}: its rows of {columns} are not whole blocks of 32, which {kind} has")
+        return kind
+
+    def _original(self, name: str, order: torch.Tensor | None) -> torch.Tensor:
+        assert self.original is not None
+        assert self.skeleton is not None
+        self.original.load(self.skeleton, name)
+        weight = self.skeleton.get_parameter(f"{name}.weight").detach().float()
+        self.original.unload(self.skeleton, name)
+        return weight if order is None else weight[order]
+
+    def _add_kept(self, writer: gguf.GGUFWriter, name: str) -> None:
+        tensor = self.source.files.read(name)
+        order = row_order(self.layout, self.config, name, tensor.shape[0])
+        tensor = tensor if order is None else tensor[order]
+        if tensor.ndim == 1:
+            plus = 1.0 if self.layout.norms_plus_one and name.endswith("norm.weight") else 0.0
+            self._add(writer, name, tensor.float() + plus, "f32")
+            return
+        stem = name.removesuffix(".weight")
+        wanted = self._wanted(stem) if tensor.ndim == 2 else None
+        if wanted:
+            kind = self._fitting(name, wanted, tensor.shape[1])
+            self._add(writer, name, self._made(stem, tensor.float(), kind), kind)
+            return
+        kind = next((kind for kind, dtype in _DENSE.items() if dtype == tensor.dtype), "f32")
+        self._add(writer, name, self._made(name, tensor, kind), kind)
+
+    def _made(self, name: str, weight: torch.Tensor, kind: str) -> torch.Tensor:
+        """A weight as the file holds it in this type."""
+        if kind in _DENSE:
+            dense = weight.to(_DENSE[kind])
+            return dense.view(torch.uint8) if kind == "bf16" else dense
+        return quantized_blocks(weight, kind, self.importance.get(name))
+
+    def _add(self, writer: gguf.GGUFWriter, name: str, data: torch.Tensor, kind: str) -> None:
+        array = np.ascontiguousarray(data.numpy())
+        writer.add_tensor(self.names[name], array, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
+
+
+def exact_blocks(qtensor: QTensor) -> tuple[torch.Tensor, str]:
+    """A layer's own codes as blocks of the smallest type that holds them: uint8 ``[rows, bytes]``, and the type.
+
+    Raises:
+        CannotHoldError: no type does.
+    """
+    rows, columns = qtensor.shape
+    size = columns // qtensor.scales.shape[1]
+    if qtensor.low_rank is not None:
+        raise CannotHoldError("it has a low-rank correction")
+    if columns % 32 or (size % 32):
+        what = f"scales for groups of {size}" if columns % 32 == 0 else f"rows of {columns}"
+        raise CannotHoldError(f"{what}, and blocks have 32 weights")
+    if qtensor.grid.name == "e2m1" and qtensor.scales.dtype == torch.float8_e8m0fnu and qtensor.zeros is None:
+        patterns = _patterns(qtensor.grid)[qtensor.codes.int()].view(-1, 32)
+        data = blocks.mxfp4(patterns, _spread(qtensor.scales.view(torch.uint8), rows, columns, 32))
+        return data.view(rows, -1), "mxfp4"
+    table, factor = _whole(qtensor.grid)
+    scales = decode_scales(qtensor.scales, qtensor.outer) / factor
+    if not same_in(scales, torch.float16):
+        raise CannotHoldError(f"its scales ({qtensor.scales.dtype}) are no float16 numbers, which blocks have")
+    if qtensor.zeros is not None:
+        return _asymmetric(qtensor, scales)
+    values = table[qtensor.codes.int()]
+    lowest, highest = int(table.min()), int(table.max())
+    if columns % blocks.SUPER == 0 and (size % blocks.SUPER == 0):
+        made = _in_super_blocks(values, _spread(scales, rows, columns, blocks.SUPER), lowest, highest)
+        if made is not None:
+            return made[0].view(rows, -1), made[1]
+    data, kind = _in_blocks(values.view(-1, 32), _spread(scales, rows, columns, 32), lowest, highest)
+    return data.view(rows, -1), kind
+
+
+def _asymmetric(qtensor: QTensor, scales: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """``(q - z) * s``: a minimum ``(lowest - z) * s`` where float16 has it, else the differences themselves."""
+    rows, columns = qtensor.shape
+    integers, zeros = integers_of(qtensor), qtensor.zeros
+    assert zeros is not None
+    if integers is None or zeros.is_floating_point():
+        raise CannotHoldError("its zeros are not whole")
+    lowest, bits = int(qtensor.grid.lowest), qtensor.grid.bits
+    minimum = scales * (lowest - zeros.float())
+    if bits in (4, 5) and same_in(minimum, torch.float16):
+        pack = blocks.q4_1 if bits == 4 else blocks.q5_1
+        codes = (integers - lowest).view(-1, 32)
+        d, m = _spread(scales, rows, columns, 32), _spread(minimum, rows, columns, 32)
+        return pack(codes, d, m).view(rows, -1), f"q{bits}_1"
+    groups = scales.shape[1]
+    values = (integers.view(rows, groups, -1) - zeros.to(torch.int16).unsqueeze(-1)).view(-1, 32)
+    low, high = int(values.min()), int(values.max())
+    data, kind = _in_blocks(values, _spread(scales, rows, columns, 32), low, high)
+    return data.view(rows, -1), kind
+
+
+def _in_blocks(values: torch.Tensor, d: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, str]:
+    """Whole numbers ``[blocks, 32]`` under their scales in the smallest symmetric block that holds them."""
+    if lowest >= -8 and highest <= 7:
+        return blocks.q4_0(values + 8, d), "q4_0"
+    if lowest >= -16 and highest <= 15:
+        return blocks.q5_0(values + 16, d), "q5_0"
+    if lowest >= -128 and highest <= 127:
+        return blocks.q8_0(values, d), "q8_0"
+    raise CannotHoldError(f"its values reach from {lowest} to {highest} steps, more than a block of 8 bits has")
+
+
+def _in_super_blocks(
+    values: torch.Tensor, d: torch.Tensor, lowest: int, highest: int
+) -> tuple[torch.Tensor, str] | None:
+    """The same in blocks of 256 with one scale, where that is smaller than blocks of 32."""
+    values = values.reshape(-1, blocks.SUPER)
+    ones = torch.ones(len(values), 16, dtype=torch.int16)
+    if lowest >= -2 and highest <= 1 and same_in(2 * d, torch.float16):
+        return blocks.q2_k(values + 2, ones, ones, d, 2 * d), "q2_k"
+    if lowest >= -4 and highest <= 3:
+        return blocks.q3_k(values + 4, ones, d), "q3_k"
+    if -32 <= lowest < -16 and highest <= 31:
+        return blocks.q6_k(values + 32, ones, d), "q6_k"
+    return None
+
+
+def _whole(grid: Grid) -> tuple[torch.Tensor, int]:
+    """A grid's values as whole multiples of ``1 / factor``: int16 in code order, and the factor.
+
+    Raises:
+        CannotHoldError: they are none.
+    """
+    for factor in (1, 2, 4, 8, 16):
+        scaled = grid.values * factor
+        if torch.equal(scaled, scaled.round()) and float(scaled.abs().max()) <= 128:
+            return scaled.to(torch.int16), factor
+    raise CannotHoldError(f"the values of {grid.name} are no whole multiples of a step, which blocks have")
+
+
+def _patterns(grid: Grid) -> torch.Tensor:
+    """A minifloat's bit patterns in code order: the sign above the rank of the magnitude."""
+    values = grid.values
+    ranks = torch.searchsorted(values[values >= 0], values.abs())
+    return (ranks + (values < 0) * 2 ** (grid.bits - 1)).to(torch.int16)
+
+
+def _spread(scales: torch.Tensor, rows: int, columns: int, size: int) -> torch.Tensor:
+    """The scale of each block of ``size``, in order: ``[blocks]``."""
+    count = columns // size
+    return scales.expand(rows, -1).repeat_interleave(count // scales.shape[1], dim=1).flatten()
+
+
+def _reordered(qtensor: QTensor, order: torch.Tensor) -> QTensor:
+    """The same weight with its rows in another order."""
+    rows = lambda tensor: tensor[order] if len(tensor) == len(order) else tensor  # noqa: E731
+    if qtensor.outer is not None and qtensor.outer.scales.numel() > 1:
+        raise CheckpointError("scales of two levels that rows share cannot be reordered; use another scale_dtype")
+    zeros = None if qtensor.zeros is None else rows(qtensor.zeros)
+    return QTensor(qtensor.codes[order], rows(qtensor.scales), zeros, qtensor.grid, qtensor.low_rank, qtensor.outer)
+
+
+def _file_type(done: list[ExportedLayer]) -> int:
+    """What the file calls itself: the commonest type of the quantized layers."""
+    (kind, _), *_ = Counter(layer.stored.lower() for layer in done).most_common()
+    return int(gguf.LlamaFileType.ALL_F32 if kind == "f32" else gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES[kind]}"])

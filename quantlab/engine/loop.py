@@ -128,19 +128,22 @@ class Run:
         for block in blocks:
             if not self.journal.done(block):
                 self._load(block, [self.model])
-                self._commit(block, self._solve(_unseen(self._planned(block))))
+                self._commit(block, self._solve(_unseen(self._planned(block)), used=False))
                 self._unload(block, [self.model])
 
     def _solve(
         self,
         groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]],
         notes: Mapping[str, str] | None = None,
+        *,
+        used: bool = True,
     ) -> list[Answer]:
         """Solve groups of layers as they come, and put the quantized weights in their places.
 
         Args:
             groups: layers that share an input, with its statistics.
             notes: by layer, to be added to its report.
+            used: the model will run through the new weights; otherwise a layer has none from then on.
         """
         answers = []
         for group, statistics in groups:
@@ -151,7 +154,10 @@ class Run:
                 statistics = None  # tokens passed, but nobody looked at them
             for answer in solve(group, weights, statistics, notes):
                 module = modules[answer.report.layer]
-                set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
+                if used:
+                    set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
+                else:
+                    module.weight = nn.Parameter(module.get_parameter("weight").to("meta"), requires_grad=False)
                 if answer.bias is not None:
                     add_to_bias(module, answer.bias)
                 answers.append(answer)
@@ -206,6 +212,8 @@ class Run:
             self.model.get_submodule(name).register_parameter("bias", None)  # one that was added is not in the source
         for model in models:
             self.source.load(model, lambda name: self._belongs(name, block))
+        if following := self._following.get(block):
+            self.source.expect(self.model, lambda name: self._belongs(name, following))
 
     def _load_outside(self) -> None:
         self.source.load(self.model, lambda name: self._belongs(name, OUTSIDE))
@@ -223,6 +231,11 @@ class Run:
         for model in models:
             self.source.unload(model, lambda name: (block and self._belongs(name, block)) or name in self._embeddings)
         return_freed_memory()
+
+    @cached_property
+    def _following(self) -> dict[str, str]:
+        """The block that most models run after each block."""
+        return dict(zip(self.architecture.blocks, self.architecture.blocks[1:], strict=False))
 
     @cached_property
     def _unbiased(self) -> set[str]:

@@ -17,6 +17,9 @@ from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
 from quantlab.quantizers import Quantizer, make_quantizer
 from quantlab.recipe import Scheme
 
+# Outputs whose error is multiplied with the second moment at once.
+_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
@@ -120,7 +123,7 @@ def check_finite(
         CheckpointError: names the layer.
     """
     for layer in layers:
-        if not weights[layer.name].isfinite().all():
+        if not all(end.isfinite() for end in weights[layer.name].aminmax()):  # NaN is both ends
             raise CheckpointError(
                 f"{layer.name}: its weight holds NaN or infinity; the checkpoint is damaged, or overflowed when it was "
                 "converted to float16: get it again, or keep this layer as it is with format none"
@@ -175,15 +178,23 @@ def _row_errors(
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Squared error and energy of each output, and the metric that they are in: the best that is known."""
     target = solution.target_for(weight)
-    if statistics is not None and statistics.tokens and statistics.second_moment is not None:
-        moment, loss = statistics.second_moment, solution.loss
-        if loss is None:
-            error = target - solution.qtensor.dequantize()
-            loss = ((error @ moment) * error).sum(1)
-            if solution.bias is not None and statistics.mean is not None:
-                loss += solution.bias * (solution.bias - 2 * (error @ statistics.mean))
-        return loss, ((weight @ moment) * weight).sum(1), "output"
-    error = (target - solution.qtensor.dequantize()).square_()
-    if statistics is not None and statistics.tokens and statistics.diagonal is not None:
-        return error @ statistics.diagonal, weight.square() @ statistics.diagonal, "weighted"
-    return error.sum(1), weight.square().sum(1), "weight"
+    losses, energies = torch.empty(2, len(weight), device=weight.device)
+    known = statistics if statistics is not None and statistics.tokens else InputStatistics(0)
+    moment, diagonal = known.second_moment, known.diagonal
+    # The whole error would be as large as the weight; a product with the moment wants many rows at once.
+    for rows, decoded in solution.qtensor.decoded_rows(None if moment is None else _ROWS):
+        error, own = target[rows] - decoded, weight[rows]
+        if moment is None:
+            squares = error.square_(), own.square()
+            weighted = squares if diagonal is None else [each.mul_(diagonal) for each in squares]
+            losses[rows], energies[rows] = (each.sum(1) for each in weighted)
+            continue
+        energies[rows] = ((own @ moment) * own).sum(1)
+        if solution.loss is None:
+            losses[rows] = ((error @ moment) * error).sum(1)
+            if solution.bias is not None and known.mean is not None:
+                bias = solution.bias[rows]
+                losses[rows] += bias * (bias - 2 * (error @ known.mean))
+    if moment is not None:
+        return losses if solution.loss is None else solution.loss, energies, "output"
+    return losses, energies, "weight" if diagonal is None else "weighted"

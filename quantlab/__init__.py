@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
     from quantlab.comparison import Comparison, compare
-    from quantlab.engine.quantize import Result, quantize
+    from quantlab.engine.estimate import Estimate
+    from quantlab.engine.quantize import Result, dry_run, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
     from quantlab.formats import DescribedFormat, formats
@@ -29,6 +30,7 @@ __all__ = [
     "Bench",
     "Comparison",
     "DescribedFormat",
+    "Estimate",
     "Evaluation",
     "Inspection",
     "QuantlabError",
@@ -38,6 +40,7 @@ __all__ = [
     "Scheme",
     "bench",
     "compare",
+    "dry_run",
     "evaluate",
     "evaluate_variants",
     "formats",
@@ -54,6 +57,7 @@ _HOMES = {
     "Bench": "benchmark",
     "Comparison": "comparison",
     "DescribedFormat": "formats",
+    "Estimate": "engine.estimate",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "QuantlabError": "errors",
@@ -63,6 +67,7 @@ _HOMES = {
     "Scheme": "recipe",
     "bench": "benchmark",
     "compare": "comparison",
+    "dry_run": "engine.quantize",
     "evaluate": "evaluation",
     "evaluate_variants": "evaluation",
     "formats": "formats",

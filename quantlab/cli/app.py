@@ -46,6 +46,7 @@ def root(
     epilog="Examples:\n\n"
     "  quantlab quantize demo --recipe w4-rtn --out demo-w4\n"
     "  quantlab quantize demo --out demo-w3 --set format=int3 --samples 16\n\n"
+    "  quantlab quantize big/model --out big-w4 --memory 3GB --dry-run\n\n"
     "Interrupted, the same command goes on where it stopped."
 )
 def quantize(
@@ -70,6 +71,13 @@ def quantize(
     seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory to stay within, like 2GB: what does not fit waits on the disk."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done and what it takes, and stop.")
+    ] = False,
     threads: Threads = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append a line a layer, with the time, to a file.")
@@ -84,13 +92,29 @@ def quantize(
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
 
+        if dry_run:
+            prepare(threads, quiet=quiet)
+            from quantlab.engine.quantize import dry_run as run_dry
+
+            found = run_dry(model, recipe, out, overrides=overrides, overwrite=overwrite, memory=memory)
+            output.answer({"model": model, "folder": out, **found.to_dict()}, *show.estimated(found, model, recipe))
+            return
         with Watch(f"{model} → {out}, {recipe}", writers(stderr_console(), quiet=quiet, log=log)) as watch:
             output.on_interrupt = watch.interrupted
             prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import quantize as run
 
-            result = run(model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite)
-        memory = peak_memory()
+            result = run(
+                model,
+                recipe,
+                out,
+                overrides=overrides,
+                progress=watch,
+                restart=restart,
+                overwrite=overwrite,
+                memory=memory,
+            )
+        peak = peak_memory()
         document = {
             "model": model,
             "folder": result.folder,
@@ -99,12 +123,12 @@ def quantize(
             "bytes": result.bytes,
             "original_bytes": result.original_bytes,
             "seconds": result.seconds,
-            "peak_memory": memory,
+            "peak_memory": peak,
             "resumed_blocks": result.resumed_blocks,
             "calibration": result.calibration,
             "layers": [{**report.record(), "seconds": report.seconds} for report in result.reports],
         }
-        output.answer(document, *show.quantized(result, model=model, peak_memory=memory))
+        output.answer(document, *show.quantized(result, model=model, peak_memory=peak))
 
 
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)

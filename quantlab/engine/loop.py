@@ -30,6 +30,7 @@ from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
 from quantlab.engine.solve import Answer, PlannedLayer, solve
+from quantlab.engine.spill import Spill
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 from quantlab.problem import InputStatistics, Statistic
@@ -48,6 +49,7 @@ class Run:
         journal: where finished blocks are written and remembered.
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
+        states: bytes of suspended batches that may be in memory, the others go to the disk; None: all stay.
     """
 
     source: ModelSource
@@ -58,6 +60,7 @@ class Run:
     journal: Journal
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
+    states: int | None = None
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -87,9 +90,12 @@ class Run:
         waiting = {name: self.plan[name] for name in self.architecture.outside if name in self.plan}
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
         sample = None if self.rescaling is None else self.rescaling.sample
+        spill = Spill(self.journal.folder, self.states)
         with (
             self._embeddings_on_demand(models, lookups),
-            Calibration(self.model, original, self.architecture, self.batches, list(waiting), sample) as calibration,
+            Calibration(
+                self.model, original, self.architecture, self.batches, list(waiting), sample, spill
+            ) as calibration,
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
@@ -244,8 +250,13 @@ class Run:
 
     @cached_property
     def _embeddings(self) -> dict[str, str]:
-        """The weights of the embeddings outside the blocks, and the modules that they belong to."""
-        modules = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)}
+        """The weights of the embeddings outside the blocks, and the modules that they belong to.
+
+        Linear layers there that stay as they are (mostly a head, to which no batch comes) are as large, and come and
+        go alike.
+        """
+        modules = [name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)]
+        modules += [name for name in self.architecture.outside if name not in self.plan]
         return {f"{name}.weight": name for name in modules if self._belongs(f"{name}.weight", OUTSIDE)}
 
     @contextmanager

@@ -104,7 +104,7 @@ def solve(
         stack = list(members)
         stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
         for part in stacks:
-            answers += _solve_stack(part, [weights[layer.name].float() for layer in part], statistics)
+            answers += _solve_stack(part, _stacked([weights[layer.name] for layer in part]), statistics)
     return [_with_note(answer, notes.get(answer.report.layer)) for answer in answers]
 
 
@@ -136,14 +136,19 @@ def check_finite(
         )
 
 
-def _solve_stack(
-    layers: list[PlannedLayer], weights: list[torch.Tensor], statistics: InputStatistics | None
-) -> list[Answer]:
+def _stacked(weights: list[torch.Tensor]) -> torch.Tensor:
+    """The weights one below the other, in float32; a copy, whatever they are."""
+    stacked = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=weights[0].device)
+    for part, weight in zip(stacked.split([len(weight) for weight in weights]), weights, strict=True):
+        part.copy_(weight)
+    return stacked
+
+
+def _solve_stack(layers: list[PlannedLayer], stacked: torch.Tensor, statistics: InputStatistics | None) -> list[Answer]:
     started = time.perf_counter()
-    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     problem = LayerProblem(" + ".join(layer.name for layer in layers), stacked, statistics)
     solution = layers[0].solve(problem)
-    rows = [len(weight) for weight in weights]
+    rows = [layer.shape[0] for layer in layers]
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
     losses, energies, metric = _row_errors(stacked, solution, statistics)
     biases = [None] * len(layers) if solution.bias is None else solution.bias.split(rows)

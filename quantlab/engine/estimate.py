@@ -142,14 +142,14 @@ def memory_needs(plan: Plan, architecture: Architecture, model: nn.Module, token
     widest, narrowest = (pick(layer.shape[1] for layer in plan.values()) for pick in (max, min))
     element = next(model.parameters()).element_size()
     largest = max(layer.shape[0] * layer.shape[1] for layer in plan.values())
-    solving = _FLOAT * largest * 2
+    solving = _FLOAT * 3 * largest // 2
     statistics = 0
     if tokens:
         moments = [layer.shape[1] for layer in plan.values() if Statistic.SECOND_MOMENT in layer.needs]
         widest_moment = max(moments, default=0)
         statistics = _FLOAT * widest_moment**2 * (3 if shifted else 1)
-        # Layers with one input are solved as one; a factor of the moment, and a target, come to it.
-        solving = _FLOAT * (2 * widest_moment**2 + (3 if moments else 2) * largest)
+        # Layers with one input are solved as one: often two as large. A factor of the moment, and often a target.
+        solving = _FLOAT * (max(widest_moment**2, largest) + (3 if shifted else 2) * largest)
     return Memory(
         libraries=psutil.Process().memory_info().rss,
         weights=max(outside, twins * block + (codes if tokens else 0)),

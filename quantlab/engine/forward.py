@@ -110,7 +110,11 @@ def watched(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
         return before
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    # Before all other hooks: one that loads the module's weight is to do so when the batch goes on, not when it stops.
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
+        for name in names
+    ]
     try:
         yield
     finally:

@@ -25,10 +25,12 @@ from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import OUTSIDE, Architecture, add_to_bias, get_weight, replace_tensor, set_weight
 from quantlab.engine.awq import Rescaled, Rescaling
+from quantlab.engine.distributed import ALONE, Ranks, SharedJournal
 from quantlab.engine.journal import Journal
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
+from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import Answer, PlannedLayer, solve
 from quantlab.engine.spill import Spill
 from quantlab.nn import Storage
@@ -50,6 +52,7 @@ class Run:
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
         states: bytes of suspended batches that may be in memory, the others go to the disk; None: all stay.
+        ranks: the processes that share the run.
     """
 
     source: ModelSource
@@ -57,10 +60,11 @@ class Run:
     architecture: Architecture
     plan: dict[str, PlannedLayer]
     batches: list[torch.Tensor]
-    journal: Journal
+    journal: Journal | SharedJournal
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
     states: int | None = None
+    ranks: Ranks = ALONE
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -94,7 +98,7 @@ class Run:
         with (
             self._embeddings_on_demand(models, lookups),
             Calibration(
-                self.model, original, self.architecture, self.batches, list(waiting), sample, spill
+                self.model, original, self.architecture, self.batches, list(waiting), sample, spill, self.ranks
             ) as calibration,
         ):
             self._unload(OUTSIDE, models)
@@ -130,12 +134,16 @@ class Run:
         return Rescaled() if self.journal.done(block) else self.rescaling.apply(block, ahead, self._planned(block))
 
     def _execute_unseen(self, blocks: Iterable[str]) -> None:
-        """Quantize the blocks that are not done yet, without any inputs."""
-        for block in blocks:
-            if not self.journal.done(block):
+        """Quantize the blocks that are not done yet, without any inputs; each rank takes one at a time."""
+        left = [block for block in blocks if not self.journal.done(block)]
+        for start in range(0, len(left), self.ranks.size):
+            together, packed = left[start : start + self.ranks.size], None
+            for block in together[self.ranks.rank : self.ranks.rank + 1]:
                 self._load(block, [self.model])
-                self._commit(block, self._solve(_unseen(self._planned(block)), used=False))
+                packed = self._packed(block, self._solve(_unseen(self._planned(block)), used=False))
                 self._unload(block, [self.model])
+            for owner, block in enumerate(together):
+                self.journal.commit(block, *(self.ranks.to_writer(packed, owner) or ({}, [], {})))
 
     def _solve(
         self,
@@ -149,7 +157,7 @@ class Run:
         Args:
             groups: layers that share an input, with its statistics.
             notes: by layer, to be added to its report.
-            used: the model will run through the new weights; otherwise a layer has none from then on.
+            used: the model will run through the new weights, on all ranks; otherwise a layer has none from then on.
         """
         answers = []
         for group, statistics in groups:
@@ -158,7 +166,7 @@ class Run:
             weights = {name: get_weight(module) for name, module in modules.items()}
             if not any(layer.needs for layer in group):
                 statistics = None  # tokens passed, but nobody looked at them
-            for answer in solve(group, weights, statistics, notes):
+            for answer in solve(group, weights, statistics, notes, self.ranks if used else ALONE):
                 module = modules[answer.report.layer]
                 if used:
                     set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
@@ -173,13 +181,19 @@ class Run:
 
     def _commit(self, block: str, answers: list[Answer]) -> None:
         """Write a block."""
+        self.journal.commit(block, *self._packed(block, answers))
+
+    def _packed(
+        self, block: str, answers: list[Answer]
+    ) -> tuple[dict[str, torch.Tensor], list[LayerReport], dict[str, Storage]]:
+        """What is written of a block: its tensors, and how its layers fared and are stored."""
         quantized = {answer.report.layer: answer.qtensor for answer in answers}
         storages = {
             name: Storage.of(qtensor, bias=getattr(self.model.get_submodule(name), "bias", None) is not None)
             for name, qtensor in quantized.items()
         }
         reports = [answer.report for answer in answers]
-        self.journal.commit(block, self._tensors(block, quantized), reports, storages)
+        return self._tensors(block, quantized), reports, storages
 
     def _tensors(self, block: str, quantized: dict[str, QTensor]) -> dict[str, torch.Tensor]:
         """Everything that is stored of a block: codes and scales of quantized layers, the rest as it is."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from quantlab.engine.architecture import Architecture
 from quantlab.engine.awq import Ahead
+from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.forward import Forward, shared_inputs, watched
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.spill import Spill
@@ -37,6 +38,7 @@ class Calibration:
         outside: layers outside the blocks that will be observed after the last block.
         sample: token ids that go ahead of the batches, see :meth:`look_ahead`; None if nobody will.
         spill: where the states of batches go that memory has no room for; None: they stay.
+        ranks: the processes that share the batches.
 
     A context manager: leaving it cancels the forwards and removes the hooks.
     """
@@ -50,17 +52,23 @@ class Calibration:
         outside: Iterable[str],
         sample: torch.Tensor | None = None,
         spill: Spill | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.models = [model] if original is None else [model, original]
         self._architecture = architecture
         self._blocks = set(architecture.blocks)
         self._stops = self._blocks | set(outside)
         self._twin_stops = set(self._stops)
-        self._forwards = [Forward(model, batch, self._stops) for batch in batches]
-        compared, self._held_out = _comparison(len(batches))
+        self._ranks = ranks
+        # Fewer batches than ranks are nobody's to observe: they only show the way, to each.
+        share = ranks.share(len(batches)) if len(batches) >= ranks.size else range(len(batches))
+        self._forwards = [Forward(model, batches[index], self._stops) for index in share]
+        compared, held_out = _comparison(len(batches))
+        self._held_out = {own for own, index in enumerate(share) if index in held_out}
         self._twins: dict[int, Forward] = {}
         if original is not None:
-            self._twins = {index: Forward(original, batches[index], self._twin_stops) for index in compared}
+            own = {own: index for own, index in enumerate(share) if index in compared}
+            self._twins = {own: Forward(original, batches[index], self._twin_stops) for own, index in own.items()}
         self._spill = spill or Spill(Path(), None)
         for forward in (*self._forwards, *self._twins.values()):
             self._spill.watch(forward)
@@ -148,12 +156,13 @@ class Calibration:
             # All stand before the same group, except where batches without tokens for an expert have skipped it: those
             # wait behind the experts until the others have arrived.
             standing = {self._open.get(forward.at or "") for forward in self._forwards}
-            reached = [group for group in groups if group in standing]
+            somewhere = self._ranks.any([group in standing for group in groups])
+            reached = [group for group, there in zip(groups, somewhere, strict=True) if there]
             group = min(reached, key=lambda group: group.names.isdisjoint(self._architecture.routed), default=None)
             if group is None:
                 break
             groups.remove(group)
-            yield group.layers, group.finish()
+            yield group.layers, group.finish(self._ranks)
             arrived = [index for index, forward in enumerate(self._forwards) if forward.at in group.names]
             self._stops -= group.names
             self._twin_stops -= group.names
@@ -272,7 +281,10 @@ class _Group:
         assert original is not None
         self._accumulator.compare(x, original, held_out)
 
-    def finish(self) -> InputStatistics:
-        assert self._accumulator is not None
-        statistics, self._accumulator = self._accumulator.finish(), None
-        return statistics
+    def finish(self, ranks: Ranks) -> InputStatistics:
+        accumulator, self._accumulator = self._accumulator, None
+        if accumulator is None:  # no batch of this rank came here, but one of another's
+            accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1])
+        if ranks.size > 1:
+            accumulator.join(ranks)
+        return accumulator.finish()

@@ -23,6 +23,7 @@ from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
+from quantlab.engine.distributed import SharedJournal, joined
 from quantlab.engine.estimate import Estimate, estimate, parse_bytes
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
@@ -85,7 +86,8 @@ def quantize(
 ) -> Result:
     """Quantize a model by a recipe and write the result to a folder.
 
-    Interrupted and called again with the same arguments it goes on at the next block, and ends with the same bytes.
+    Interrupted and called again with the same arguments it goes on at the next block, and ends with the same bytes. In
+    processes that ``torchrun`` or ``accelerate launch`` started it shares the work with the others; the first writes.
 
     Args:
         model: a local folder, a ``.gguf`` file, a Hugging Face id, ``demo``, or a model in memory.
@@ -107,28 +109,40 @@ def quantize(
     started = time.perf_counter()
     asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
-    _check_out(out, overwrite)
-    job = _prepare(model, chosen, calibration, tokenizer)
-    budget = None if memory is None else parse_bytes(memory)
-    needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
+    with joined() as ranks:
+        progress = progress if ranks.writes else Silent()
+        _check_out(out, overwrite)
+        job = _prepare(model, chosen, calibration, tokenizer)
+        if job.observed and len(job.batches) < ranks.size:
+            raise PreflightError(
+                f"{ranks.size} processes and {len(job.batches)} batches of calibration sequences: some would have "
+                "nothing to do; use more samples, or fewer processes"
+            )
+        budget = None if memory is None else parse_bytes(memory)
+        needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
 
-    if restart and (partial_folder(out) / LOG).is_file():
-        shutil.rmtree(partial_folder(out))
-    journal = Journal(out, _identity(job.source, chosen, job.data), [*job.architecture.blocks, OUTSIDE])
-    try:
-        plan = look_ahead(job.plan, job.source, job.skeleton, job.architecture)
-        progress.start(Start(chosen, job.architecture, plan, job.described, journal.resumed, notes=job.notes))
-        run = Run(job.source, job.skeleton, job.architecture, plan, job.batches, journal, progress, job.rescaling)
-        run.states = None if budget is None else budget - needed.without_states
-        run.execute()
-    except BaseException:
-        journal.abandon()
-        raise
-    _finish(journal, job.source, job.skeleton, chosen)
+        def begin() -> Journal:
+            if restart and (partial_folder(out) / LOG).is_file():
+                shutil.rmtree(partial_folder(out))
+            return Journal(out, _identity(job.source, chosen, job.data), [*job.architecture.blocks, OUTSIDE])
+
+        journal = begin() if ranks.size == 1 else SharedJournal(ranks, out, begin)
+        try:
+            plan = look_ahead(job.plan, job.source, job.skeleton, job.architecture)
+            progress.start(Start(chosen, job.architecture, plan, job.described, journal.resumed, notes=job.notes))
+            run = Run(job.source, job.skeleton, job.architecture, plan, job.batches, journal, progress, job.rescaling)
+            run.ranks = ranks
+            run.states = None if budget is None else budget - needed.without_states
+            run.execute()
+        except BaseException:
+            journal.abandon()
+            raise
+        reports = tuple(journal.reports)
+        journal.finish(lambda journal: _finish(journal, job.source, job.skeleton, chosen))
     result = Result(
         folder=asked,
         recipe=chosen,
-        reports=tuple(journal.reports),
+        reports=reports,
         calibration=job.described,
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
         original_bytes=job.original_bytes,
@@ -176,6 +190,10 @@ class _Job:
     batches: list[torch.Tensor]
     rescaling: Rescaling | None
     notes: tuple[str, ...]
+
+    @property
+    def observed(self) -> bool:
+        return any(layer.needs for layer in self.plan.values())
 
     @property
     def described(self) -> dict[str, Any]:

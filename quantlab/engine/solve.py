@@ -10,6 +10,7 @@ from itertools import groupby
 import torch
 
 from quantlab.compensation import Compensation, make_compensation
+from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError
 from quantlab.numerics import QTensor, scale_type
@@ -48,6 +49,11 @@ class PlannedLayer:
             or scale_type(self.scheme.scale_dtype).blocks_cross_layers
         )
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether some outputs can be solved without the others, with the same result."""
+        return not self.stands_alone and getattr(self.quantizer, "rows_apart", False)
+
     def solve(self, problem: LayerProblem) -> Solution:
         """Round, and repair what is left."""
         if self.compensation is None:
@@ -83,6 +89,7 @@ def solve(
     weights: Mapping[str, torch.Tensor],
     statistics: InputStatistics | None,
     notes: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Answer]:
     """Quantize layers that share their input.
 
@@ -93,6 +100,7 @@ def solve(
         weights: by layer name, ``[out, in]`` in any dtype.
         statistics: of the shared input, or None if no layer needs any.
         notes: by layer, what was noted of it before.
+        ranks: the processes that share the work; all get all answers.
 
     Returns:
         An answer for each layer, in order.
@@ -104,7 +112,7 @@ def solve(
         stack = list(members)
         stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
         for part in stacks:
-            answers += _solve_stack(part, _stacked([weights[layer.name] for layer in part]), statistics)
+            answers += _solve_stack(part, _stacked([weights[layer.name] for layer in part]), statistics, ranks)
     return [_with_note(answer, notes.get(answer.report.layer)) for answer in answers]
 
 
@@ -144,10 +152,12 @@ def _stacked(weights: list[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
-def _solve_stack(layers: list[PlannedLayer], stacked: torch.Tensor, statistics: InputStatistics | None) -> list[Answer]:
+def _solve_stack(
+    layers: list[PlannedLayer], stacked: torch.Tensor, statistics: InputStatistics | None, ranks: Ranks
+) -> list[Answer]:
     started = time.perf_counter()
     problem = LayerProblem(" + ".join(layer.name for layer in layers), stacked, statistics)
-    solution = layers[0].solve(problem)
+    solution = _shared_solution(layers[0], problem, ranks)
     rows = [layer.shape[0] for layer in layers]
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
     losses, energies, metric = _row_errors(stacked, solution, statistics)
@@ -176,6 +186,18 @@ def _solve_stack(layers: list[PlannedLayer], stacked: torch.Tensor, statistics: 
         )
         answers.append(Answer(qtensor, bias, report))
     return answers
+
+
+def _shared_solution(layer: PlannedLayer, problem: LayerProblem, ranks: Ranks) -> Solution:
+    """The solution, on every rank: each solves some rows where the method can, else one solves all."""
+    if ranks.size == 1:
+        return layer.solve(problem)
+    if not layer.rows_apart or len(problem.weight) < ranks.size:
+        return ranks.agreed(lambda: layer.solve(problem))
+    own = replace(problem, weight=problem.weight[ranks.rows(len(problem.weight))])
+    parts = ranks.gather(layer.solve(own))
+    loss = None if parts[0].loss is None else torch.cat([part.loss for part in parts if part.loss is not None])
+    return Solution(QTensor.joined([part.qtensor for part in parts]), loss, parts[0].notes)
 
 
 def _row_errors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,14 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Everything stored, divided by the number of weights."""
         return self.stored_bits() / self.codes.numel()
+
+    @classmethod
+    def joined(cls, parts: Sequence[QTensor]) -> QTensor:
+        """Tensors with the same inputs and grid one below the other, undoing :meth:`split`."""
+        first = parts[0]
+        zeros = None if first.zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
+        codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+        return cls(codes, scales, zeros, first.grid, outer=first.outer)
 
     def split(self, rows: list[int]) -> list[QTensor]:
         """Cut along the outputs, undoing a concatenation of layers that were solved together.

@@ -25,8 +25,10 @@ from quantlab.quantizers.base import register
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
 
-# Outputs that are rounded at once: products are efficient, and the copies that they are worked on stay small.
-_ROWS = 4096
+# Weights that are rounded at once, of some outputs: products are efficient, and the copies that are worked on small.
+_CHUNK = 1 << 23
+# Rows of a matrix that are permuted or turned at once.
+_TURNED = 512
 _ORDERS = ("activation", "group-aware", "natural")
 
 
@@ -63,6 +65,11 @@ class Gptq:
             raise RecipeError(f"gptq: asym {self.asym!r}: use 0 to 1")
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"gptq: block {self.block!r}: use a positive whole number")
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether outputs are solved independently of each other: how far a target moves is judged by all of them."""
+        return not self.asym
 
     def needs(self, scheme: Scheme) -> Statistic:
         """The full second moment; the shift between original and quantized inputs if the target moves.
@@ -133,8 +140,9 @@ class Gptq:
         loss = torch.empty(len(target), device=target.device)
         # Scales of two levels are chosen beforehand, all of them: no row changes its own.
         known = scales if scales.outer is None else Scales(scales.decode(), scales.zeros)
-        for start in range(0, len(target), _ROWS):
-            rows = slice(start, start + _ROWS)
+        step = max(1, _CHUNK // target.shape[1])
+        for start in range(0, len(target), step):
+            rows = slice(start, start + step)
             codes[rows], loss[rows] = self._round_rows(
                 target[rows], feedback, diagonal, order, scheme, grid, _rows_of(known, rows), importance
             )
@@ -252,7 +260,9 @@ def factorize(moment: torch.Tensor, damping: float, order: torch.Tensor | None =
     while True:
         # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular. All of it happens
         # in one copy: for a wide layer that is most of the memory that a run takes.
-        turned = moment[backwards][:, backwards]
+        turned = torch.empty_like(moment)
+        for rows, some in zip(turned.split(_TURNED), backwards.split(_TURNED), strict=True):
+            torch.index_select(moment[some], 1, backwards, out=rows)
         turned.diagonal().add_(torch.where(dead, mean, damping * mean))
         failed = torch.empty((), dtype=torch.int32, device=moment.device)
         torch.linalg.cholesky_ex(turned.mT, upper=True, out=(turned.mT, failed))  # in the layout of LAPACK
@@ -261,7 +271,7 @@ def factorize(moment: torch.Tensor, damping: float, order: torch.Tensor | None =
         damping *= 2
 
 
-def _turn(matrix: torch.Tensor, step: int = 512) -> torch.Tensor:
+def _turn(matrix: torch.Tensor, step: int = _TURNED) -> torch.Tensor:
     """Turn a square matrix by 180 degrees where it lies."""
     size = len(matrix)
     half = size // 2

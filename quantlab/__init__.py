@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
     from quantlab.comparison import Comparison, compare
-    from quantlab.engine.quantize import Result, quantize
+    from quantlab.engine.estimate import Estimate
+    from quantlab.engine.quantize import Result, dry_run, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
     from quantlab.export import Export, export
@@ -33,6 +34,7 @@ __all__ = [
     "Bench",
     "Comparison",
     "DescribedFormat",
+    "Estimate",
     "Evaluation",
     "Export",
     "Inspection",
@@ -45,6 +47,7 @@ __all__ = [
     "Verification",
     "bench",
     "compare",
+    "dry_run",
     "evaluate",
     "evaluate_variants",
     "export",
@@ -64,6 +67,7 @@ _HOMES = {
     "Bench": "benchmark",
     "Comparison": "comparison",
     "DescribedFormat": "formats",
+    "Estimate": "engine.estimate",
     "Evaluation": "evaluation",
     "Export": "export",
     "Inspection": "inspection",
@@ -76,6 +80,7 @@ _HOMES = {
     "Verification": "verification",
     "bench": "benchmark",
     "compare": "comparison",
+    "dry_run": "engine.quantize",
     "evaluate": "evaluation",
     "evaluate_variants": "evaluation",
     "export": "export",

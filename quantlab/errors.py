@@ -29,3 +29,7 @@ class DataError(QuantlabError):
 
 class MissingStatisticsError(QuantlabError):
     """A method was given a layer without the statistics that it declared to need."""
+
+
+class LostRankError(QuantlabError):
+    """Another process of a run that several share has ended, or does not answer."""

@@ -75,6 +75,9 @@ class ModelSource(ABC):
             CheckpointError: there are no weights for one of them, or they do not fit.
         """
 
+    def expect(self, model: nn.Module, select: Select = "") -> None:  # noqa: B027 - not every source can
+        """Say that these tensors will be loaded soon, so that the system may read them while others are at work."""
+
     def unload(self, model: nn.Module, select: Select = "") -> None:
         """Undo :meth:`load`: see :func:`unload`."""
         unload(model, select)
@@ -155,6 +158,15 @@ class FolderSource(ModelSource):
             whole = ready.pop(target)
             for places, origin in parts:
                 assign(places, origin.part_of(whole))
+
+    def expect(self, model: nn.Module, select: Select = "") -> None:
+        """See :meth:`ModelSource.expect`."""
+        plan = self._plan
+        for _, places in selected(model, select):
+            names = (_origin(name, plan.targets, plan.model).tensor for _, _, name in places)
+            target = next((name for name in names if name in plan), None)
+            if target is not None:
+                plan.expect(target)
 
     def fingerprint(self) -> str:
         """See :meth:`ModelSource.fingerprint`; of the files' sizes, times of change and headers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -59,6 +60,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int = 0  # in a safetensors file
 
+    @property
+    def bytes(self) -> int:
+        """What it takes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class WeightFiles:
     """The tensors in the weight files of a folder, by their names there; read only when asked for.
@@ -88,7 +94,7 @@ class WeightFiles:
         if name in self._bin:
             return self._bin[name].clone()
         stored = self.stored[name]
-        data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
+        data = torch.empty(stored.bytes, dtype=torch.uint8)
         buffer: Any = data.numpy()
         with open(stored.file, "rb", buffering=0) as stream:
             stream.seek(stored.offset)
@@ -99,6 +105,13 @@ class WeightFiles:
                     raise CheckpointError(f"{stored.file}: ends within {name}; it changed while it was read")
                 done += count
         return data.view(stored.dtype).view(stored.shape)
+
+    def expect(self, name: str) -> None:
+        """Let the system fetch a tensor into its own cache, where it can be told to; that is no memory of ours."""
+        if name not in self._bin and hasattr(os, "posix_fadvise"):
+            stored = self.stored[name]
+            with open(stored.file, "rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), stored.offset, stored.bytes, os.POSIX_FADV_WILLNEED)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -230,6 +243,11 @@ class WeightPlan:
         for name, value in made.items():
             self._check_shape(name, tuple(value.shape))
         return made
+
+    def expect(self, target: str) -> None:
+        """Say that ``target`` will be read soon."""
+        for _, key in self._recipes[target].sources:
+            self.files.expect(key)
 
     def _converted(self, recipe: _Recipe, template: WeightConverter) -> dict[str, torch.Tensor]:
         converter = deepcopy(template)

@@ -50,6 +50,7 @@ def root(
     epilog="Examples:\n\n"
     "  quantlab quantize demo --recipe w4-rtn --out demo-w4\n"
     "  quantlab quantize demo --out demo-w3 --set format=int3 --samples 16\n\n"
+    "  quantlab quantize big/model --out big-w4 --memory 3GB --dry-run\n\n"
     "Interrupted, the same command goes on where it stopped."
 )
 def quantize(
@@ -80,6 +81,13 @@ def quantize(
     verified: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load the result in a process of its own and check it.")
     ] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory to stay within, like 2GB: what does not fit waits on the disk."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done and what it takes, and stop.")
+    ] = False,
     threads: Threads = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append a line a layer, with the time, to a file.")
@@ -94,6 +102,15 @@ def quantize(
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
 
+        if dry_run:
+            prepare(threads, quiet=quiet)
+            from quantlab.engine.quantize import dry_run as run_dry
+
+            found = run_dry(
+                model, recipe, out, overrides=overrides, overwrite=overwrite, requantize=requantize, memory=memory
+            )
+            output.answer({"model": model, "folder": out, **found.to_dict()}, *show.estimated(found, model, recipe))
+            return
         with Watch(f"{model} → {out}, {recipe}", writers(stderr_console(), quiet=quiet, log=log)) as watch:
             output.on_interrupt = watch.interrupted
             prepare(threads, quiet=quiet)
@@ -108,8 +125,9 @@ def quantize(
                 restart=restart,
                 overwrite=overwrite,
                 requantize=requantize,
+                memory=memory,
             )
-        memory = peak_memory()
+        peak = peak_memory()
         checked = verify.checked(result.folder) if verified else None
         document = {
             "model": model,
@@ -119,13 +137,13 @@ def quantize(
             "bytes": result.bytes,
             "original_bytes": result.original_bytes,
             "seconds": result.seconds,
-            "peak_memory": memory,
+            "peak_memory": peak,
             "resumed_blocks": result.resumed_blocks,
             "calibration": result.calibration,
             "verification": None if checked is None else checked.to_dict(),
             "layers": [{**report.record(), "seconds": report.seconds} for report in result.reports],
         }
-        words = show.quantized(result, model=model, peak_memory=memory)
+        words = show.quantized(result, model=model, peak_memory=peak)
         output.answer(document, *words, *(() if checked is None else verify.summary(checked)))
 
 

@@ -65,8 +65,11 @@ QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, _
     }
 }
 
-// With one row of activations several blocks are under way at a time, with sums of their own, so that they do not wait for
-// each other; with more rows it is several outputs, so that activations are read less often.
+// How far ahead codes are fetched, in bytes: into the second-level cache, where there is room for them.
+constexpr int64_t kAhead = 16 << 10;
+
+// Several outputs at a time, so that activations are read less often, and sums do not wait for each other. An output by itself
+// has several blocks under way, with sums of their own.
 template <int BITS, int M, int R, Spread SPREAD>
 void multiply_tile(const Tile<BITS> &given) {
     using C = Codes<BITS>;
@@ -79,10 +82,9 @@ void multiply_tile(const Tile<BITS> &given) {
             for (int m = 0; m < M; m++) total[u][r][m] = zero();
     int64_t block = 0;
     for (; block + kUnroll <= whole; block += kUnroll) {
-        // The next tile, in the order in which it lies in memory. A single row is a stream that the processor follows.
-        for (int r = 0; R > 1 && r < R; r++)
-            _mm_prefetch(reinterpret_cast<const char *>(tile.rows) + R * tile.row_bytes + (block * R + r) * C::kBytes,
-                         _MM_HINT_T0);
+        // Further tiles, in the order in which they lie in memory: rows of a tile are too short for the processor to follow.
+        for (int r = 0; r < R * kUnroll; r++)
+            _mm_prefetch(reinterpret_cast<const char *>(tile.rows) + kAhead + (block * R + r) * C::kBytes, _MM_HINT_T1);
         for (int u = 0; u < kUnroll; u++) add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
     }
     for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
@@ -143,9 +145,6 @@ struct Values {
     uint16_t data[256] = {};
 };
 
-// Bytes. Rows this short begin and end so often that several are read at once; longer ones are faster as one stream.
-constexpr int64_t kShortRow = 1024;
-
 template <int BITS>
 void multiply(const Job &job, int64_t begin, int64_t end) {
     const Values values(*job.weight);
@@ -158,10 +157,7 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
         part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
-            case 1:
-                if (job.row_bytes > kShortRow) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
-                else multiply_rows<BITS, 1, 4>(part, codes, begin, end);
-                break;
+            case 1: multiply_rows<BITS, 1, 4>(part, codes, begin, end); break;
             case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
             case 4: multiply_rows<BITS, 4, 2>(part, codes, begin, end); break;
             default: multiply_rows<BITS, 8, 2>(part, codes, begin, end);

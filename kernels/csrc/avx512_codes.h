@@ -13,6 +13,16 @@ QL_AVX512_BEGIN
 namespace quantlab {
 namespace {
 
+// Calls function(0) to function(N - 1), each with a constant: arrays that nothing else is an index of stay in registers, which a
+// loop would not promise.
+template <int N, int I = 0, typename Function>
+QL_INLINE void unrolled(const Function &function) {
+    if constexpr (I < N) {
+        function(std::integral_constant<int, I>());
+        unrolled<N, I + 1>(function);
+    }
+}
+
 // How codes of BITS are taken apart: kBlock codes a load, in kSteps vectors of 32 weights. A 16-bit lane holds kSteps
 // neighbouring codes of the block, one for each step, and `permute` brings a block of activations into the same order; so
 // float32 lane m of a product belongs to the kGrain codes from `first(m)` on.
@@ -112,10 +122,19 @@ struct Codes<BITS, false> : Order<BITS, BITS == 3 ? 4 : 2> {
     }
 };
 
-template <int BITS>
+// How far ahead codes are fetched, in bytes: into the second-level cache, where there is room for them.
+constexpr int64_t kAhead = 16 << 10;
+
+// Whether no float32 lane of C's products belongs to two groups.
+template <typename C>
+bool groups_fit(const ql_weight &weight) {
+    return weight.groups == 1 || weight.columns / weight.groups % C::kGrain == 0;
+}
+
+// Columns, in whole blocks of C.
+template <typename C>
 int64_t padded(const ql_weight &weight) {
-    constexpr int kBlock = Codes<BITS>::kBlock;
-    return (weight.columns + kBlock - 1) / kBlock * kBlock;
+    return (weight.columns + C::kBlock - 1) / C::kBlock * C::kBlock;
 }
 
 // Activations in the order of the codes.

@@ -33,7 +33,8 @@ def test_every_row_has_its_record(swept, place):
     assert "kl" not in found["original"], "it is not compared with itself"
     assert found["int3/32 rtn"]["bits"] == pytest.approx(3.5, abs=0.1)
     assert found["int4/32 rtn"]["kl"] < found["int3/32 rtn"]["kl"]
-    assert 4 < found["bitsandbytes nf4"]["bits"] < 5
+    assert found["bitsandbytes nf4"]["bits"] > 4.5, "4 bits, a float32 scale for 64 weights, and the table"
+    assert found["bitsandbytes nf4"]["bits"] < 5
     assert "predicted:rtx4090" not in found["bitsandbytes nf4"]
     assert found["int4/32 rtn"]["predicted:rtx4090"] > found["original"]["predicted:rtx4090"]
     assert not list((place / "swept" / "variants").iterdir()), "quantized models are not kept"

@@ -64,8 +64,8 @@ class Setup:
         threads: of torch; None: as many as it takes.
     """
 
-    model: str
-    folder: Path
+    model: str = ""
+    folder: Path = Path()
     text: str = "builtin:eval"
     settings: Mapping[str, Any] = field(default_factory=dict)
     speed: SpeedSettings | None = None

@@ -74,7 +74,6 @@ def test_a_second_call_does_nothing(swept, place, space, setup, monkeypatch):
 
 SCRIPT = """
     import json, sys
-    from pathlib import Path
     from quantlab.sweep import Setup, sweep
     model, space, out, text = sys.argv[1:]
     settings = {"length": 64, "windows": 8, "measures": ("perplexity", "divergence", "calibration")}
@@ -83,7 +82,7 @@ SCRIPT = """
         def working(self, name, doing): print(name, doing, flush=True)
         def ended(self, record): print("ended", record["variant"], flush=True)
     sweep(model, json.loads(space), out, watcher=Watcher(),
-          setup=Setup("", Path(), text=text, settings=settings, devices=("rtx4090",)))
+          setup=Setup(text=text, settings=settings, devices=("rtx4090",)))
 """
 
 

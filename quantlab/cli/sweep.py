@@ -137,7 +137,7 @@ def pareto(
     ] = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(metavar="MEASURE=VALUE", help="Corner of the hypervolume. [default: the worst of all variants]"),
+        typer.Option(metavar="MEASURE=VALUE", help="Corner of the hypervolume. \\[default: the worst of all variants]"),
     ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every variant to a CSV file.")] = None,
     as_json: Json = False,
@@ -180,7 +180,7 @@ def pareto(
 
 def report(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. [default: DIR/report.html]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. \\[default: DIR/report.html]")] = None,
     plots: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also draw the main plots as SVG, for a README.")
     ] = None,

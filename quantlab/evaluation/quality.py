@@ -225,6 +225,7 @@ def _chosen_measures(measures: Sequence[str] | None, original: Subject | None) -
 
 def _measure(subject: Subject, plan: _Plan, reference: Reference | None) -> Evaluation:
     module = subject.loaded()
+    size = subject.bytes(module)  # before it runs: bitsandbytes repacks its layers for a CPU when they are first called
     started = time.perf_counter()
     nll = NllMeasure(plan.windows, "the model")
     divergence = None
@@ -247,7 +248,7 @@ def _measure(subject: Subject, plan: _Plan, reference: Reference | None) -> Eval
         divergence=divergence.result(perplexity) if divergence else None,
         calibration=calibration.result() if calibration else None,
         words=words,
-        bytes=subject.bytes(module),
+        bytes=size,
         original_bytes=original.bytes() if original else None,
         seconds=time.perf_counter() - started,
         notes=plan.notes,

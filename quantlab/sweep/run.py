@@ -131,7 +131,7 @@ def sweep(
     started = time.perf_counter()
     watcher = watcher or Unwatched()
     folder = Path(out).expanduser().absolute()
-    setup = replace(setup or Setup("", folder), model=str(model), folder=folder)
+    setup = replace(setup or Setup(), model=str(model), folder=folder)
     chosen = space if isinstance(space, Space) else load_space(space, overrides)
     fingerprint = fingerprint_folder(resolve(setup.model))
     check(setup)

@@ -64,8 +64,8 @@ class Setup:
         threads: of torch; None: as many as it takes.
     """
 
-    model: str
-    folder: Path
+    model: str = ""
+    folder: Path = Path()
     text: str = "builtin:eval"
     settings: Mapping[str, Any] = field(default_factory=dict)
     speed: SpeedSettings | None = None
@@ -167,6 +167,7 @@ class Workbench:
         tell("load")
         subject = Subject.of(name)
         module = subject.loaded()
+        bits = _bits(candidate, module) if candidate.recipe is None else None  # before it runs, which may repack it
         subject = replace(subject, module=module)
 
         def progress(done: int, total: int) -> None:
@@ -174,11 +175,10 @@ class Workbench:
 
         alone = candidate.kind == "original"
         found = (self._evaluator.measure_alone if alone else self._evaluator.measure)(subject, progress)
-        size = subject.bytes(module)
-        measures: dict[str, Any] = {"ppl": found.perplexity.perplexity, "bytes": size / 1e6}
-        measures["model_bits"] = 8 * size / self._weights
-        if candidate.recipe is None:
-            measures["bits"] = _bits(candidate, module)
+        measures: dict[str, Any] = {"ppl": found.perplexity.perplexity, "bytes": found.bytes / 1e6}
+        measures["model_bits"] = 8 * found.bytes / self._weights
+        if bits is not None:
+            measures["bits"] = bits
         if (divergence := found.divergence) is not None:
             measures |= {
                 "kl": divergence.kl,

@@ -52,7 +52,7 @@ def space(place):
 @pytest.fixture(scope="session")
 def setup(place):
     settings = {"length": 64, "windows": 8, "measures": ("perplexity", "divergence", "calibration")}
-    return Setup("", Path(), text=str(place / "text.txt"), settings=settings, devices=("rtx4090",))
+    return Setup(text=str(place / "text.txt"), settings=settings, devices=("rtx4090",))
 
 
 @pytest.fixture(scope="session")

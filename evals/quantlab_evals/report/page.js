@@ -48,7 +48,7 @@
   // --- which variants are shown, and which of them no other beats ---
 
   const passes = (variant) =>
-    Object.entries(state.hidden).every(([facet, values]) => !values.has(variant.labels[facet] ?? "none"));
+    Object.entries(state.hidden).every(([facet, values]) => !values.has(variant.labels[facet]));
   function visible() {
     const drawn = variants.filter(
       (variant) => passes(variant) && figure(variant, state.x) !== null && figure(variant, state.y) !== null);
@@ -306,7 +306,7 @@
   function drawFacets() {
     const facets = [...new Set(variants.flatMap((variant) => Object.keys(variant.labels)))];
     at("facets").replaceChildren(...facets.map((facet) => {
-      const values = [...new Set(variants.map((variant) => variant.labels[facet] ?? "none"))];
+      const values = [...new Set(variants.map((variant) => variant.labels[facet]).filter((value) => value !== undefined))];
       if (values.length < 2) return null;
       const hidden = (state.hidden[facet] ??= new Set());
       const toggle = (value) => { if (!hidden.delete(value)) hidden.add(value); drawFacets(); drawFront(); };
@@ -351,7 +351,7 @@
 
   function begin() {
     at("model").textContent = data.name;
-    at("subtitle").textContent = data.title + (data.measurement.text ? ` · measured on ${data.measurement.text}` : "") +
+    at("subtitle").textContent = data.title + (data.measurement.text ? ` · measured on ${data.measurement.text.replace(/^\/.*\//, "")}` : "") +
       (data.measurement.windows ? `, ${data.measurement.windows} windows of ${data.measurement["window length"]} tokens` : "");
     const layered = variants.map((variant, i) => [variant, i]).filter(([variant]) => variant.errors);
     at("layered").replaceChildren(...layered.map(([variant, i]) => element("option", { value: i }, variant.name)));

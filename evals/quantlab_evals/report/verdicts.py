@@ -125,13 +125,13 @@ def _why(record: Record, original: Record | None) -> str:
     size, before = of("bytes"), of("bytes", original)
     if size is not None:
         times = f", {before / size:.1f} times smaller" if before is not None and before > size else ""
-        parts.append(f"{size:,.0f} MB{times}")
+        parts.append(f"{size:,.0f}\u00a0MB{times}")
     ppl, reference = of("ppl"), of("ppl", original)
     if ppl is not None:
-        change = f" ({100 * (ppl / reference - 1):+.1f} %)" if reference else ""
+        change = f" ({100 * (ppl / reference - 1):+.1f}\u00a0%)" if reference else ""
         parts.append(f"perplexity {ppl:.2f}{change}")
     if (agreement := of("agreement")) is not None:
-        parts.append(f"the original's next token {agreement:.0f} % of the time")
+        parts.append(f"the original's next token {agreement:.0f}\u00a0% of the time")
     if (error := of("output_error")) is not None:
         parts.append(f"error of the outputs {error:.2g}")
     if (rate := of("decode")) is not None:

@@ -31,7 +31,7 @@ from quantlab.checkpoint.gguf import import_gguf
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.errors import CheckpointError
 from quantlab.export import export
-from quantlab.export.gguf import exact_blocks
+from quantlab.export.gguf_exact import exact_blocks
 from quantlab.export.gguf_model import llama3_divisors
 from quantlab.export.importance import importance_of
 from quantlab.numerics import QTensor, grid

@@ -187,7 +187,7 @@ def test_fused_layers_that_differ_are_told_but_not_wrong(tmp_path, in_process):
     assert done.passed
     check = next(check for check in done.checks if check.name == "layers that servers fuse are alike")
     assert check.passed is None
-    assert "model.layers.0.self_attn: q_proj/k_proj/v_proj" in check.detail
+    assert "model.layers.0.self_attn.k_proj/q_proj/v_proj" in check.detail
 
 
 def test_the_distance_from_the_original_is_told(tmp_path, in_process):

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -26,8 +27,9 @@ from quantlab.export.base import CannotHoldError, Export, ExportedLayer
 from quantlab.export.gguf_exact import exact_blocks
 from quantlab.export.gguf_model import add_metadata, layout_of, row_order, tensor_names
 from quantlab.export.gguf_search import TYPES, quantized_blocks
-from quantlab.export.importance import importance_of
-from quantlab.numerics import QTensor
+from quantlab.export.gguf_tokenizer import add_tokenizer
+from quantlab.export.importance import check_untransformed, importance_of
+from quantlab.numerics import LowRank, QTensor
 
 _REMEDY = (
     "export with --requantize to round such layers again (--set types={'model.layers.*': q4_k} says to what), or "
@@ -80,13 +82,11 @@ def export(
             raise CheckpointError(f"--set types: {kind!r} is none of {', '.join([*TYPES, *_DENSE])}")
     plan = _Plan(source, requantize, types or {}, original, importance)
     partial = out.absolute().with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(partial), plan.layout.architecture, use_temp_file=True)
     try:
         add_metadata(writer, plan.layout, plan.config, out.stem)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-        from quantlab.export.gguf_tokenizer import add_tokenizer
-
-        add_tokenizer(writer, tokenizer, plan.config.vocab_size, pre)
+        add_tokenizer(writer, _tokenizer(source.folder), plan.config.vocab_size, pre)
         done = plan.write(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(done))
@@ -116,6 +116,8 @@ class _Plan:
         self.layout = layout_of(self.config)
         names = [f"{name}.weight" for name in source.layers] + source.kept
         self.names = tensor_names(self.layout, self.config.num_hidden_layers, names)
+        if original is not None:
+            check_untransformed(source)
         self.original = None if original is None else open_source(Path(original).expanduser())
         self.skeleton = None if self.original is None else self.original.skeleton()
         self.importance = importance_of(source, importance, original)
@@ -211,7 +213,20 @@ def _reordered(qtensor: QTensor, order: torch.Tensor) -> QTensor:
     if qtensor.outer is not None and qtensor.outer.scales.numel() > 1:
         raise CheckpointError("scales of two levels that rows share cannot be reordered; use another scale_dtype")
     zeros = None if qtensor.zeros is None else rows(qtensor.zeros)
-    return QTensor(qtensor.codes[order], rows(qtensor.scales), zeros, qtensor.grid, qtensor.low_rank, qtensor.outer)
+    low_rank = qtensor.low_rank
+    if low_rank is not None:
+        low_rank = LowRank(low_rank.left[order], low_rank.right, low_rank.scales)
+    return QTensor(qtensor.codes[order], rows(qtensor.scales), zeros, qtensor.grid, low_rank, qtensor.outer)
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); a GGUF file holds one: put its files there"
+        ) from error
 
 
 def _file_type(done: list[ExportedLayer]) -> int:

@@ -54,7 +54,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine", "quantlab.variants"},
     "quantlab.export": TOP,
-    "quantlab.verification": TOP,
+    "quantlab.verification": TOP | {"quantlab.export"},
     "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,

@@ -16,7 +16,7 @@ import torch
 from quantlab.checkpoint.quantized import DIGEST
 from quantlab.errors import CheckpointError
 from quantlab.nn import Storage
-from quantlab.numerics import QTensor, apply_scales, choose_scales, grid
+from quantlab.numerics import Grid, QTensor, apply_scales, choose_scales, grid
 
 # Layers that servers run as one product, by the last part of their names.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -130,6 +130,13 @@ def integers_of(qtensor: QTensor) -> torch.Tensor | None:
 def same_in(values: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether all these float32 numbers are numbers of ``dtype``."""
     return bool(torch.equal(values.to(dtype).float(), values.float()))
+
+
+def sign_and_magnitude(grid: Grid) -> torch.Tensor:
+    """A minifloat's bit patterns in code order, int16: a sign above the rank of the magnitude among all magnitudes."""
+    values = grid.values
+    ranks = torch.searchsorted(values[values >= 0], values.abs())
+    return (ranks + (values < 0) * 2 ** (grid.bits - 1)).to(torch.int16)
 
 
 def as_words(packed: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,12 +23,13 @@ from transformers import AutoTokenizer
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.source import open_source
 from quantlab.errors import CheckpointError
-from quantlab.export import gguf_blocks as blocks
-from quantlab.export.base import CannotHoldError, Export, ExportedLayer, integers_of, same_in
+from quantlab.export.base import CannotHoldError, Export, ExportedLayer
+from quantlab.export.gguf_exact import exact_blocks
 from quantlab.export.gguf_model import add_metadata, layout_of, row_order, tensor_names
 from quantlab.export.gguf_search import TYPES, quantized_blocks
-from quantlab.export.importance import importance_of
-from quantlab.numerics import Grid, QTensor, decode_scales
+from quantlab.export.gguf_tokenizer import add_tokenizer
+from quantlab.export.importance import check_untransformed, importance_of
+from quantlab.numerics import LowRank, QTensor
 
 _REMEDY = (
     "export with --requantize to round such layers again (--set types={'model.layers.*': q4_k} says to what), or "
@@ -80,13 +82,11 @@ def export(
             raise CheckpointError(f"--set types: {kind!r} is none of {', '.join([*TYPES, *_DENSE])}")
     plan = _Plan(source, requantize, types or {}, original, importance)
     partial = out.absolute().with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(partial), plan.layout.architecture, use_temp_file=True)
     try:
         add_metadata(writer, plan.layout, plan.config, out.stem)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-        from quantlab.export.gguf_tokenizer import add_tokenizer
-
-        add_tokenizer(writer, tokenizer, plan.config.vocab_size, pre)
+        add_tokenizer(writer, _tokenizer(source.folder), plan.config.vocab_size, pre)
         done = plan.write(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(done))
@@ -116,6 +116,8 @@ class _Plan:
         self.layout = layout_of(self.config)
         names = [f"{name}.weight" for name in source.layers] + source.kept
         self.names = tensor_names(self.layout, self.config.num_hidden_layers, names)
+        if original is not None:
+            check_untransformed(source)
         self.original = None if original is None else open_source(Path(original).expanduser())
         self.skeleton = None if self.original is None else self.original.skeleton()
         self.importance = importance_of(source, importance, original)
@@ -205,119 +207,26 @@ class _Plan:
         writer.add_tensor(self.names[name], array, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
 
 
-def exact_blocks(qtensor: QTensor) -> tuple[torch.Tensor, str]:
-    """A layer's own codes as blocks of the smallest type that holds them: uint8 ``[rows, bytes]``, and the type.
-
-    Raises:
-        CannotHoldError: no type does.
-    """
-    rows, columns = qtensor.shape
-    size = columns // qtensor.scales.shape[1]
-    if qtensor.low_rank is not None:
-        raise CannotHoldError("it has a low-rank correction")
-    if columns % 32 or (size % 32):
-        what = f"scales for groups of {size}" if columns % 32 == 0 else f"rows of {columns}"
-        raise CannotHoldError(f"{what}, and blocks have 32 weights")
-    if qtensor.grid.name == "e2m1" and qtensor.scales.dtype == torch.float8_e8m0fnu and qtensor.zeros is None:
-        patterns = _patterns(qtensor.grid)[qtensor.codes.int()].view(-1, 32)
-        data = blocks.mxfp4(patterns, _spread(qtensor.scales.view(torch.uint8), rows, columns, 32))
-        return data.view(rows, -1), "mxfp4"
-    table, factor = _whole(qtensor.grid)
-    scales = decode_scales(qtensor.scales, qtensor.outer) / factor
-    if not same_in(scales, torch.float16):
-        raise CannotHoldError(f"its scales ({qtensor.scales.dtype}) are no float16 numbers, which blocks have")
-    if qtensor.zeros is not None:
-        return _asymmetric(qtensor, scales)
-    values = table[qtensor.codes.int()]
-    lowest, highest = int(table.min()), int(table.max())
-    if columns % blocks.SUPER == 0 and (size % blocks.SUPER == 0):
-        made = _in_super_blocks(values, _spread(scales, rows, columns, blocks.SUPER), lowest, highest)
-        if made is not None:
-            return made[0].view(rows, -1), made[1]
-    data, kind = _in_blocks(values.view(-1, 32), _spread(scales, rows, columns, 32), lowest, highest)
-    return data.view(rows, -1), kind
-
-
-def _asymmetric(qtensor: QTensor, scales: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """``(q - z) * s``: a minimum ``(lowest - z) * s`` where float16 has it, else the differences themselves."""
-    rows, columns = qtensor.shape
-    integers, zeros = integers_of(qtensor), qtensor.zeros
-    assert zeros is not None
-    if integers is None or zeros.is_floating_point():
-        raise CannotHoldError("its zeros are not whole")
-    lowest, bits = int(qtensor.grid.lowest), qtensor.grid.bits
-    minimum = scales * (lowest - zeros.float())
-    if bits in (4, 5) and same_in(minimum, torch.float16):
-        pack = blocks.q4_1 if bits == 4 else blocks.q5_1
-        codes = (integers - lowest).view(-1, 32)
-        d, m = _spread(scales, rows, columns, 32), _spread(minimum, rows, columns, 32)
-        return pack(codes, d, m).view(rows, -1), f"q{bits}_1"
-    groups = scales.shape[1]
-    values = (integers.view(rows, groups, -1) - zeros.to(torch.int16).unsqueeze(-1)).view(-1, 32)
-    low, high = int(values.min()), int(values.max())
-    data, kind = _in_blocks(values, _spread(scales, rows, columns, 32), low, high)
-    return data.view(rows, -1), kind
-
-
-def _in_blocks(values: torch.Tensor, d: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, str]:
-    """Whole numbers ``[blocks, 32]`` under their scales in the smallest symmetric block that holds them."""
-    if lowest >= -8 and highest <= 7:
-        return blocks.q4_0(values + 8, d), "q4_0"
-    if lowest >= -16 and highest <= 15:
-        return blocks.q5_0(values + 16, d), "q5_0"
-    if lowest >= -128 and highest <= 127:
-        return blocks.q8_0(values, d), "q8_0"
-    raise CannotHoldError(f"its values reach from {lowest} to {highest} steps, more than a block of 8 bits has")
-
-
-def _in_super_blocks(
-    values: torch.Tensor, d: torch.Tensor, lowest: int, highest: int
-) -> tuple[torch.Tensor, str] | None:
-    """The same in blocks of 256 with one scale, where that is smaller than blocks of 32."""
-    values = values.reshape(-1, blocks.SUPER)
-    ones = torch.ones(len(values), 16, dtype=torch.int16)
-    if lowest >= -2 and highest <= 1 and same_in(2 * d, torch.float16):
-        return blocks.q2_k(values + 2, ones, ones, d, 2 * d), "q2_k"
-    if lowest >= -4 and highest <= 3:
-        return blocks.q3_k(values + 4, ones, d), "q3_k"
-    if -32 <= lowest < -16 and highest <= 31:
-        return blocks.q6_k(values + 32, ones, d), "q6_k"
-    return None
-
-
-def _whole(grid: Grid) -> tuple[torch.Tensor, int]:
-    """A grid's values as whole multiples of ``1 / factor``: int16 in code order, and the factor.
-
-    Raises:
-        CannotHoldError: they are none.
-    """
-    for factor in (1, 2, 4, 8, 16):
-        scaled = grid.values * factor
-        if torch.equal(scaled, scaled.round()) and float(scaled.abs().max()) <= 128:
-            return scaled.to(torch.int16), factor
-    raise CannotHoldError(f"the values of {grid.name} are no whole multiples of a step, which blocks have")
-
-
-def _patterns(grid: Grid) -> torch.Tensor:
-    """A minifloat's bit patterns in code order: the sign above the rank of the magnitude."""
-    values = grid.values
-    ranks = torch.searchsorted(values[values >= 0], values.abs())
-    return (ranks + (values < 0) * 2 ** (grid.bits - 1)).to(torch.int16)
-
-
-def _spread(scales: torch.Tensor, rows: int, columns: int, size: int) -> torch.Tensor:
-    """The scale of each block of ``size``, in order: ``[blocks]``."""
-    count = columns // size
-    return scales.expand(rows, -1).repeat_interleave(count // scales.shape[1], dim=1).flatten()
-
-
 def _reordered(qtensor: QTensor, order: torch.Tensor) -> QTensor:
     """The same weight with its rows in another order."""
     rows = lambda tensor: tensor[order] if len(tensor) == len(order) else tensor  # noqa: E731
     if qtensor.outer is not None and qtensor.outer.scales.numel() > 1:
         raise CheckpointError("scales of two levels that rows share cannot be reordered; use another scale_dtype")
     zeros = None if qtensor.zeros is None else rows(qtensor.zeros)
-    return QTensor(qtensor.codes[order], rows(qtensor.scales), zeros, qtensor.grid, qtensor.low_rank, qtensor.outer)
+    low_rank = qtensor.low_rank
+    if low_rank is not None:
+        low_rank = LowRank(low_rank.left[order], low_rank.right, low_rank.scales)
+    return QTensor(qtensor.codes[order], rows(qtensor.scales), zeros, qtensor.grid, low_rank, qtensor.outer)
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); a GGUF file holds one: put its files there"
+        ) from error
 
 
 def _file_type(done: list[ExportedLayer]) -> int:

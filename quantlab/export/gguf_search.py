@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from quantlab.export import gguf_blocks as blocks
+from quantlab.export.base import sign_and_magnitude
 from quantlab.numerics import apply_scales, choose_scales, grid
 
 # Widths of the range that are tried, as parts of max - min.
@@ -55,9 +56,7 @@ def _symmetric(bits: int, pack: Callable[..., torch.Tensor], offset: int) -> Cal
 def _mxfp4(weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     table = grid("e2m1")
     scales = choose_scales(weight, table, 32, importance=importance, stored="e8m0")
-    values = table.values
-    ranks = torch.searchsorted(values[values >= 0], values.abs())
-    patterns = (ranks + (values < 0) * 8)[apply_scales(weight, table, scales).int()]
+    patterns = sign_and_magnitude(table)[apply_scales(weight, table, scales).int()]
     return blocks.mxfp4(patterns.view(-1, 32), scales.scales.flatten().view(torch.uint8))
 
 

@@ -46,9 +46,25 @@ def importance_of(source: QuantizedFolder, choice: str | None, original: str | N
         ) from error
 
 
+def check_untransformed(source: QuantizedFolder) -> None:
+    """Refuse to take an original's weights or inputs for a model that was rewritten before it was quantized.
+
+    Raises:
+        CheckpointError: names the transform.
+    """
+    recipe = source.folder / RECIPE
+    transforms = load_recipe(str(recipe)).transforms if recipe.is_file() else {}
+    if transforms:
+        raise CheckpointError(
+            f"--set original: {source.folder} was rewritten by {' and '.join(transforms)} before it was quantized, and "
+            "the original's weights do not fit between its norms; leave it out, or quantize without transforms"
+        )
+
+
 @torch.no_grad()
 def measured(source: QuantizedFolder, original: str) -> dict[str, torch.Tensor]:
     """Run the original, whole in memory, over the calibration data of the folder's recipe."""
+    check_untransformed(source)
     recipe = source.folder / RECIPE
     choice = load_recipe(str(recipe)).calibration if recipe.is_file() else Calibration()
     model = load(original)

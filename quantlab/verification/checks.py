@@ -9,12 +9,10 @@ from quantlab.engine import preflight
 from quantlab.engine.architecture import describe
 from quantlab.engine.quantize import RECIPE
 from quantlab.errors import QuantlabError
+from quantlab.export.base import fused_sets
 from quantlab.nn import Storage
 from quantlab.numerics import decode_scales, scale_type
 from quantlab.recipe import Recipe, Scheme, load_recipe
-
-# Layers that servers run as one, by the last parts of their names.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def unsound_tensors(folder: QuantizedFolder) -> list[str]:
@@ -78,15 +76,13 @@ def _difference(storage: Storage, scheme: Scheme) -> str:
 
 def differing_sets(folder: QuantizedFolder) -> list[str]:
     """Sets of layers that servers fuse (q/k/v, gate/up) and that are not stored alike."""
-    sets: dict[tuple[str, int], set[tuple[object, ...]]] = {}
-    for name, storage in folder.layers.items():
-        parent, _, leaf = name.rpartition(".")
-        for index, members in enumerate(_FUSED):
-            if leaf in members:
-                kind = (
-                    storage.format.partition(":")[0],
-                    storage.in_features // storage.scale_shape[1],
-                    storage.scale_dtype,
-                )
-                sets.setdefault((parent, index), set()).add(kind)
-    return [f"{parent}: {'/'.join(_FUSED[i])}" for (parent, i), kinds in sets.items() if len(kinds) > 1]
+    differing = []
+    for members in fused_sets(folder.layers):
+        kinds = set()
+        for name in members:
+            storage = folder.layers[name]
+            family = storage.format.partition(":")[0]  # fitted tables differ from layer to layer
+            kinds.add((family, storage.in_features // storage.scale_shape[1], storage.scale_dtype))
+        if len(kinds) > 1:
+            differing.append("/".join([members[0], *(name.rpartition(".")[2] for name in members[1:])]))
+    return differing

@@ -39,7 +39,8 @@ def _answer(folder: str, dtype: str, ours: bool, request: dict[str, Any]) -> dic
     model, info = loaded
     model.eval()
     with torch.no_grad():
-        logprobs = model(input_ids=torch.tensor(request["prompts"])).logits.float().log_softmax(-1)
+        done = model(input_ids=torch.tensor(request["prompts"]))
+        logprobs = (done.logits if "logits" in done else done[0]).float().log_softmax(-1)
         found = logprobs.gather(-1, torch.tensor(request["tokens"])).tolist()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     shared = None if head is None else getattr(head, "weight", 0) is getattr(embedding, "weight", 1)

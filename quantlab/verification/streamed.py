@@ -41,7 +41,9 @@ def _streamed(model: nn.Module, load: _Load, prompts: Sequence[Sequence[int]]) -
             handles.append(module.register_forward_pre_hook(lambda _, __, own=own: load(model, own)))
             handles.append(module.register_forward_hook(lambda _, __, ___, own=own: unload(model, own.__contains__)))
     try:
-        return model(input_ids=torch.tensor(prompts), use_cache=False).logits.float()
+        done = model(input_ids=torch.tensor(prompts))
+        # A bare model has no logits: its last hidden state serves as well to compare two ways to run it.
+        return (done.logits if "logits" in done else done[0]).float()
     finally:
         for handle in handles:
             handle.remove()

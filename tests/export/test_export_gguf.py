@@ -31,7 +31,7 @@ from quantlab.checkpoint.gguf import import_gguf
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.errors import CheckpointError
 from quantlab.export import export
-from quantlab.export.gguf import exact_blocks
+from quantlab.export.gguf_exact import exact_blocks
 from quantlab.export.gguf_model import llama3_divisors
 from quantlab.export.importance import importance_of
 from quantlab.numerics import QTensor, grid
@@ -268,6 +268,25 @@ class TestRefuses:
         done = export(folder, "gguf", tmp_path / "model.gguf", requantize=True)
         assert {layer.stored for layer in done.layers} == {"Q4_0"}  # rows of 64 are no blocks of 256
         assert all(reason in layer.note for layer in done.layers)
+        back = import_gguf(tmp_path / "model.gguf", tmp_path / "back", dtype=torch.float32)
+        weights = dict(AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).named_parameters())
+        for layer, weight in decoded(folder).items():
+            error = weights[f"{layer}.weight"] - weight
+            assert error.square().sum() < 0.02 * weight.square().sum(), layer
+
+    def test_an_original_that_was_rewritten(self, tmp_path):
+        folder = written(tmp_path, {"format": "int4"})
+        recipe = (folder / "recipe.yaml").read_text().replace("transforms: {}", "transforms: {hadamard: {}}")
+        (folder / "recipe.yaml").write_text(recipe)
+        with pytest.raises(CheckpointError, match="rewritten by hadamard"):
+            export(folder, "gguf", tmp_path / "model.gguf", settings={"original": str(tmp_path / "model")})
+
+    def test_folders_without_a_tokenizer(self, tmp_path):
+        folder = written(tmp_path, {"format": "int4"})
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+            export(folder, "gguf", tmp_path / "model.gguf")
 
     def test_architectures_without_a_layout(self, tmp_path):
         config = GPTNeoXConfig(

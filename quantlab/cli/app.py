@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -92,6 +93,8 @@ def quantize(
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
 
+        follows = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+        quiet, log = quiet or follows, None if follows else log
         if dry_run:
             prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import dry_run as run_dry
@@ -114,6 +117,8 @@ def quantize(
                 overwrite=overwrite,
                 memory=memory,
             )
+        if follows:
+            return
         peak = peak_memory()
         document = {
             "model": model,

@@ -47,7 +47,7 @@ def root(
     epilog="Examples:\n\n"
     "  quantlab quantize demo --recipe w4-rtn --out demo-w4\n"
     "  quantlab quantize demo --out demo-w3 --set format=int3 --samples 16\n\n"
-    "  quantlab quantize big/model --out big-w4 --memory 3GB --dry-run\n\n"
+    "  quantlab quantize demo --out demo-w4 --memory 3GB --dry-run\n\n"
     "Interrupted, the same command goes on where it stopped."
 )
 def quantize(

@@ -472,7 +472,7 @@ def test_help_shows_examples_that_work(call, quantized, place):
         assert code == 0
         lines = out.partition("Example")[2].splitlines()
         shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 14
+    assert len(shown) == 15
     (place / "demo-w4").symlink_to(place / "w4")
     for number, line in enumerate(shown):
         words = shlex.split(line.partition(">")[0])[1:]

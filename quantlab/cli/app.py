@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -50,7 +51,7 @@ def root(
     epilog="Examples:\n\n"
     "  quantlab quantize demo --recipe w4-rtn --out demo-w4\n"
     "  quantlab quantize demo --out demo-w3 --set format=int3 --samples 16\n\n"
-    "  quantlab quantize big/model --out big-w4 --memory 3GB --dry-run\n\n"
+    "  quantlab quantize demo --out demo-w4 --memory 3GB --dry-run\n\n"
     "Interrupted, the same command goes on where it stopped."
 )
 def quantize(
@@ -102,6 +103,8 @@ def quantize(
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
 
+        follows = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+        quiet, log = quiet or follows, None if follows else log
         if dry_run:
             prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import dry_run as run_dry
@@ -127,6 +130,8 @@ def quantize(
                 requantize=requantize,
                 memory=memory,
             )
+        if follows:
+            return
         peak = peak_memory()
         checked = verify.checked(result.folder) if verified else None
         document = {

@@ -155,11 +155,8 @@ def joined() -> Iterator[Ranks]:
             f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but the processes of the run do not find each other "
             f"({' '.join(str(error).split())[:200]}); start them with torchrun or accelerate launch, or unset it"
         ) from error
-    try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), group, seconds)
-    finally:
-        if not started:
-            distributed.destroy_process_group()
+    # It stays for the next run of these processes: to part and to meet again at the same address is a race.
+    yield Ranks(distributed.get_rank(), distributed.get_world_size(), group, seconds)
 
 
 class SharedJournal:

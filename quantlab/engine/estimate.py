@@ -185,7 +185,7 @@ def estimate(
         model: its skeleton, which is left empty.
         architecture: its parts.
         tokens: of the calibration data.
-        memory: what it would hold if nothing went to the disk, and the budget's share of states.
+        memory: what it would hold, within its budget if it has one.
         calibration: how the data came about.
     """
     full = memory_needs(plan, architecture, model, tokens)

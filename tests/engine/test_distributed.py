@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,11 @@ from conftest import W4_GPTQ
 from safetensors.torch import load_file
 from test_resume import assert_same
 
-from quantlab.checkpoint.load import load
-from quantlab.engine.distributed import ALONE
+import quantlab
+from quantlab.engine import loop, quantize
+from quantlab.engine.distributed import ALONE, Ranks
+from quantlab.engine.journal import LOG
+from quantlab.errors import PreflightError
 
 RTN = {**W4_GPTQ, "quantizer": "rtn"}
 CASES = {
@@ -29,34 +35,12 @@ CASES = {
     "awq": ("llama", {**W4_GPTQ, "transforms": "awq"}),
 }
 
-# Quantizes one model after the other. The rank that is to be lost kills itself when it has solved so many layers.
+# What torchrun runs: the same as the processes that are forked here.
 _PROGRAM = """
-import json, os, signal, sys
-import torch
-from quantlab import quantize
-from quantlab.engine import loop
-from quantlab.errors import QuantlabError
-
-torch.set_num_threads(1)
-jobs, lost, layers = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-solve, count = loop.solve, 0
-
-def counting(group, *arguments):
-    global count
-    count += len(group)
-    if count >= layers and int(os.environ["RANK"]) == lost:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return solve(group, *arguments)
-
-loop.solve = counting
-tokens = torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(0))
-for model, recipe, out in jobs:
-    try:
-        result = quantize(model, recipe, out, calibration=tokens)
-    except QuantlabError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    print(out, flush=True, file=sys.stderr)
-    assert len(result.reports) == len({report.layer for report in result.reports}) > 0
+import sys
+sys.path[:0] = {path!r}
+import test_distributed
+test_distributed.work({jobs!r})
 """
 
 
@@ -65,98 +49,133 @@ def tokens():
     return torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
-def launched(folder: Path, jobs, processes, *, torchrun=False, lost=-1, layers=0) -> list[tuple[int, str]]:
-    """Start processes, as a launcher does; their exit codes and what they said."""
-    program = folder / "program.py"
-    program.write_text(_PROGRAM)
-    arguments = [str(program), json.dumps([(str(m), r, str(o)) for m, r, o in jobs]), str(lost), str(layers)]
-    if torchrun:
-        options = ["--standalone", "--nproc-per-node", str(processes)]
-        commands = [([sys.executable, "-m", "torch.distributed.run", *options, *arguments], {})]
-    else:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        commands = [([sys.executable, *arguments], {**world, "RANK": str(rank)}) for rank in range(processes)]
-    environment = {**os.environ, "QUANTLAB_TIMEOUT": "120", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env={**environment, **more}, **pipes) for command, more in commands]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+def work(jobs) -> None:
+    """Quantize one model after the other; what each rank does."""
+    torch.set_num_threads(1)
+    tokens = torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    for model, recipe, out in jobs:
+        result = quantlab.quantize(model, recipe, out, calibration=tokens)
+        assert len(result.reports) == len({report.layer for report in result.reports}) > 0
 
 
-def finish(folder, original, processes, **kwargs) -> Path:
+def launched(jobs, processes: int, prepare=lambda rank: None) -> list[tuple[int, str]]:
+    """Fork processes with the environment that launchers set; their exit statuses and what they said."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    sys.stdout.flush()
+    children = []
+    for rank in range(processes):
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the child has ended
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(said.fileno(), 2)
+                os.environ.update({**world, "RANK": str(rank), "QUANTLAB_TIMEOUT": "100"})
+                prepare(rank)
+                work(jobs)
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, f"{type(error).__name__}: {error}".encode())
+            finally:
+                os._exit(1)
+        children.append((child, said))
+    ended = []
+    for child, said in children:
+        status = os.waitpid(child, 0)[1]
+        said.seek(0)
+        ended.append((os.waitstatus_to_exitcode(status), said.read()))
+        said.close()
+    return ended
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
+def together(request, original, tmp_path_factory) -> Path:
+    """A folder of all cases, by so many processes."""
+    folder = tmp_path_factory.mktemp("together")
     jobs = [(original(model), recipe, folder / name) for name, (model, recipe) in CASES.items()]
-    for code, said in launched(folder, jobs, processes, **kwargs):
+    for code, said in launched(jobs, request.param):
         assert code == 0, said
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(original, tmp_path_factory):
-    return finish(tmp_path_factory.mktemp("two"), original, 2, torchrun=True)
-
-
-@pytest.fixture(scope="module")
-def four(original, tmp_path_factory):
-    return finish(tmp_path_factory.mktemp("four"), original, 4)
-
-
-def decoded(folder: Path) -> dict[str, torch.Tensor]:
-    return load(folder).dequantize().state_dict()
-
-
 def agree(ours: Path, single: Path) -> None:
-    """Nearly all codes are the same, and no weight is off by more than a step."""
+    """Sums in another order: now and then a weight lies between two codes, and nothing is further off than before."""
     for file in sorted(single.glob("*.safetensors")):
         expected, actual = load_file(file), load_file(ours / file.name)
         assert list(actual) == list(expected)
         for name, tensor in expected.items():
-            if name.endswith(".codes"):
-                assert (actual[name] == tensor).float().mean() > 0.98, name
-            else:
-                torch.testing.assert_close(actual[name], tensor, rtol=2e-2, atol=1e-4, msg=name)
+            close = torch.isclose(actual[name].float(), tensor.float(), rtol=1e-2, atol=1e-4)
+            assert close.float().mean() > 0.95, name
+    for before, after in zip(errors(single), errors(ours), strict=True):
+        assert after == pytest.approx(before, rel=0.05)
+
+
+def errors(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return [record["error"] for record in records if record["kind"] == "layer"]
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("processes", ["two", "four"])
-def test_as_one_process(processes, name, original, run, request):
-    folder = request.getfixturevalue(processes)
+def test_as_one_process(together, name, original, run):
     model, recipe = CASES[name]
     single = run(original(model), recipe).folder
     if name.startswith("rtn"):
-        assert_same(folder / name, single)
+        assert_same(together / name, single)
     else:
-        agree(folder / name, single)
+        agree(together / name, single)
+
+
+def test_as_torchrun_starts_it(original, run, tmp_path):
+    model, recipe = CASES["rtn-observed"]
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(_PROGRAM.format(path=sys.path, jobs=[(str(original(model)), recipe, str(out))]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(out, run(original(model), recipe, "single").folder)
 
 
 def test_a_lost_rank_ends_the_run_and_the_journal_goes_on(original, run, tmp_path):
     model, recipe = CASES["rtn-observed"]
-    out = tmp_path / "out"
-    ended = launched(tmp_path, [(original(model), recipe, out)], 2, lost=1, layers=10)
-    assert ended[1][0] == -9
-    code, said = ended[0]
-    assert code == 1
+    jobs, solve, solved = [(original(model), recipe, tmp_path / "out")], loop.solve, []
+
+    def lose_the_second(rank):
+        def counting(group, *arguments):
+            solved.extend(group)
+            if rank == 1 and len(solved) >= 10:  # of the second block
+                os.kill(os.getpid(), signal.SIGKILL)
+            return solve(group, *arguments)
+
+        loop.solve = counting
+
+    (code, said), (other, _) = launched(jobs, 2, lose_the_second)
+    assert (code, other) == (1, -signal.SIGKILL)
     assert "LostRankError: process 0 of 2 lost another one" in said
     assert "it goes on" in said
-    assert not out.exists()
+    assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / "model-00001-of-00003.safetensors").is_file()
-    for code, said in launched(tmp_path, [(original(model), recipe, out)], 3):
+    for code, said in launched(jobs, 3):
         assert code == 0, said
-    assert_same(out, run(original(model), recipe, "single").folder)
+    assert_same(tmp_path / "out", run(original(model), recipe, "single").folder)
 
 
-def test_more_processes_than_batches_are_refused(original, tmp_path):
-    model, recipe = CASES["gptq"]
-    for code, said in launched(tmp_path, [(original(model), recipe, tmp_path / "out")], 9):
+def test_what_one_rank_refuses_all_refuse(original, tmp_path):
+    model, recipe = CASES["rtn"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("mine")
+    for code, said in launched([(original(model), recipe, tmp_path / "out")], 2):
         assert code == 1
-        assert "9 processes and" in said
-    assert not (tmp_path / "out.partial").exists()
+        assert "is in the way" in said
+
+
+def test_more_processes_than_batches_are_refused(original, run, monkeypatch):
+    monkeypatch.setattr(quantize, "joined", lambda: nullcontext(Ranks(0, 9)))
+    with pytest.raises(PreflightError, match="9 processes and 4 batches"):
+        run(original("llama"))
 
 
 def test_one_process_is_nothing_special():
@@ -168,3 +187,9 @@ def test_one_process_is_nothing_special():
     assert ALONE.any([True, False]) == [True, False]
     assert ALONE.gather("x") == ["x"]
     assert ALONE.broadcast("x") == ALONE.to_writer("x", 0) == ALONE.agreed(lambda: "x") == "x"
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 2), (3, 4), (1024, 3)])
+def test_every_row_has_one_rank(count, size):
+    rows = [row for rank in range(size) for row in range(count)[Ranks(rank, size).rows(count)]]
+    assert rows == list(range(count))

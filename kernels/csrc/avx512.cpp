@@ -22,7 +22,7 @@ QL_INLINE void add_steps(const Codes<BITS> &codes, const __m512i (&block)[R], co
                          __m512 (&part)[R][M]) {
     unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
         __m512bh weights[R];
-        unrolled<R>([&](auto r) QL_INLINED { weights[r] = (__m512bh)codes.template weights<step>(block[r]); });
+        unrolled<R>([&](auto r) QL_INLINED { weights[r] = (__m512bh)codes.weights(block[r], step); });
         unrolled<M>([&](auto m) QL_INLINED {
             const __m512bh activations = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * step);
             unrolled<R>([&](auto r) QL_INLINED {
@@ -89,7 +89,7 @@ void multiply_tile(const Tile<BITS> &given) {
     for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
     if (rest) add_block<BITS, M, R, SPREAD, false>(tile, whole, rest, total[0]);
     unrolled<R * M>([&](auto i) QL_INLINED {
-        constexpr int r = i / M, m = i % M;
+        const int r = i / M, m = i % M;
         unrolled<kUnroll - 1>([&](auto u) QL_INLINED { total[0][r][m] = _mm512_add_ps(total[0][r][m], total[u + 1][r][m]); });
         tile.y[m * tile.y_stride + r] = _mm512_reduce_add_ps(total[0][r][m]);
     });
@@ -168,17 +168,16 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
 // ----------------------------------------------------------------------------------------------------------- decoding
 
 // A lane's two weights share its scale: the even ones are the lower halves of 32 bits, the odd ones the upper halves.
-template <int BITS, int STEP = 0>
+template <int BITS>
 QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, __m512i together,
                            uint16_t *out) {
-    if constexpr (STEP < Codes<BITS>::kSteps) {
-        const __m512i words = codes.template weights<STEP>(block);
+    unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
+        const __m512i words = codes.weights(block, step);
         const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
         const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
         const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(odd, scale, shift), _mm512_fmadd_ps(even, scale, shift));
-        _mm512_storeu_si512(out + 32 * STEP, _mm512_permutexvar_epi16(together, (__m512i)apart));
-        store_steps<BITS, STEP + 1>(codes, block, scale, shift, together, out);
-    }
+        _mm512_storeu_si512(out + 32 * step, _mm512_permutexvar_epi16(together, (__m512i)apart));
+    });
 }
 
 // What brings 16 even and 16 odd weights into their places.

@@ -14,13 +14,17 @@ namespace quantlab {
 namespace {
 
 // Calls function(0) to function(N - 1), each with a constant: arrays that nothing else is an index of stay in registers, which a
-// loop would not promise.
+// loop would not promise. It is a loop where nothing is optimized: compiling would take minutes.
 template <int N, int I = 0, typename Function>
 QL_INLINE void unrolled(const Function &function) {
+#ifdef __OPTIMIZE__
     if constexpr (I < N) {
         function(std::integral_constant<int, I>());
         unrolled<N, I + 1>(function);
     }
+#else
+    for (int i = 0; i < N; i++) function(i);
+#endif
 }
 
 // How codes of BITS are taken apart: kBlock codes a load, in kSteps vectors of 32 weights. A 16-bit lane holds kSteps
@@ -78,12 +82,11 @@ struct Codes : Order<BITS, 16 / BITS> {
 
     static __m512i prepare(__m512i block) { return block; }
 
-    template <int STEP>
-    __m512i weights(__m512i block) const {
-        constexpr int kShift = STEP / kPlaces * kPlaces * BITS;
-        const __m512i index = kShift ? _mm512_srli_epi16(block, kShift) : block;
+    QL_INLINE __m512i weights(__m512i block, int step) const {
+        const int shift = step / kPlaces * kPlaces * BITS;
+        const __m512i index = shift ? _mm512_srli_epi16(block, unsigned(shift)) : block;
         if constexpr (BITS == 8) return look_up_256(table, index);
-        return _mm512_permutexvar_epi16(index, table[STEP % kPlaces]);
+        return _mm512_permutexvar_epi16(index, table[step % kPlaces]);
     }
 };
 
@@ -112,10 +115,9 @@ struct Codes<BITS, false> : Order<BITS, BITS == 3 ? 4 : 2> {
         return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(gather, block));
     }
 
-    template <int STEP>
-    __m512i weights(__m512i block) const {
-        const __m512i index = STEP / kPlaces ? _mm512_srli_epi16(block, 8) : block;
-        const __m512i *values = table + STEP % kPlaces * kTable;
+    QL_INLINE __m512i weights(__m512i block, int step) const {
+        const __m512i index = step / kPlaces ? _mm512_srli_epi16(block, 8) : block;
+        const __m512i *values = table + step % kPlaces * kTable;
         if constexpr (BITS == 5) return _mm512_permutexvar_epi16(index, values[0]);
         if constexpr (BITS == 7) return look_up_128(values, index);
         return _mm512_permutex2var_epi16(values[0], index, values[1]);

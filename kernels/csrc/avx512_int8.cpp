@@ -199,7 +199,7 @@ void multiply_tile(const Tile<BITS> &given) {
     for (int64_t g = 0; g < tile.groups; g += 16) {
         const __mmask16 some = first_lanes(tile.groups - g);
         unrolled<R * M>([&](auto i) QL_INLINED {
-            constexpr int r = i / M, m = i % M;
+            const int r = i / M, m = i % M;
             const __m512 sums = _mm512_maskz_loadu_ps(some, tile.sums + m * tile.groups + g);
             total[r][m] = _mm512_fnmadd_ps(_mm512_loadu_ps(tile.shifts + r * tile.scale_stride + g), sums, total[r][m]);
         });

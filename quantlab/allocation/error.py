@@ -47,6 +47,8 @@ def measure(task: Task) -> Sensitivity:
     rows = task.options.get("rows", ROWS)
     if type(rows) is not int or rows < 1:
         raise PreflightError(f"rows {rows!r}: use a whole number, at least 1")
+    if how != "none":
+        task.refuse_too_large(torch.float32 if how == "noise" else None, twice=how == "gradient")
     measured, groups, refused = survey(task, rows)
     scales, unreached = dict.fromkeys(task.names, 1.0), list[str]()
     if how != "none":

@@ -34,6 +34,7 @@ def measure(task: Task) -> Sensitivity:
     probes = task.options.get("probes", PROBES)
     if type(probes) is not int or probes < 1:
         raise PreflightError(f"probes {probes!r}: use a whole number, at least 1")
+    task.refuse_too_large(torch.float32, twice=True)
     measured, groups, refused = survey(task, ROWS)
     model = task.model(torch.float32, twice=True)
     squares = {name: float(model.get_submodule(name).get_parameter("weight").square().sum()) for name in task.names}

@@ -134,6 +134,12 @@ class Task:
         return model
 
 
+def spread(total: int, count: int) -> torch.Tensor:
+    """``count`` of ``total`` places, at least one, spread evenly: int64."""
+    count = min(max(1, count), total)
+    return ((torch.arange(count) + 0.5) * total / count).long()
+
+
 def plan_candidates(
     candidates: Sequence[Variant], names: Sequence[str], architecture: Architecture, skeleton: PreTrainedModel
 ) -> tuple[dict[int, dict[str, PlannedLayer]], dict[int, str]]:

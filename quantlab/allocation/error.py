@@ -25,7 +25,7 @@ from quantlab.errors import PreflightError
 # Tokens that second moments are taken over, at least, and for each input of the widest layer: with fewer, errors look
 # smaller than they are where a layer is wide. Rows of a layer that each candidate is solved for. Tokens that gradients
 # are taken over.
-TOKENS, TOKENS_AN_INPUT, ROWS, GRADIENT_TOKENS = 8192, 6, 32, 2048
+TOKENS, TOKENS_AN_INPUT, ROWS, GRADIENT_TOKENS = 8192, 6, 32, 4096
 _GRADIENT_LENGTH, _NOISE_TOKENS = 256, 1024
 COEFFICIENTS = ("gradient", "noise", "none")
 

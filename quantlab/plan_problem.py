@@ -40,7 +40,7 @@ class Planning:
         task: what was measured.
         base: the recipe.
         method: of the sensitivity.
-        items: layers that agree.
+        together: whether layers of one fused kernel agree.
         bytes: of each layer under each candidate.
         fixed_bytes: of everything that takes no part.
         file: where the sensitivity is kept.

@@ -5,9 +5,14 @@ If a layer's output ``z`` is off by a small ``e``, the model's predictions move 
     KL = 1/2 E[(g . e)^2],    g = d log p(y) / dz,    y drawn from the model's own predictions,
 
 because the second derivative of KL is the Fisher information. With errors of outputs that are as good as independent of
-each other, as rounding leaves them, that is ``1/2 E[g_r^2] E[e_r^2]`` summed over outputs r: the loss is linear in the
-layer's squared output error, as HIGGS found by injecting noise (arXiv:2411.17525), and one backward pass gives the
-coefficients of all layers, where noise takes a forward pass for each.
+each other, as rounding leaves them, that is ``1/2 E[g_r^2 e_r^2]`` summed over outputs r. A token's error is large
+where its input is: of an error ``E`` that is white in the metric of the inputs' second moment H, as GPTQ's nearly is,
+it goes with the leverage ``x^T H^-1 x``. So
+
+    KL = 1/2 E[|g|^2 x^T H^-1 x] / (outputs * inputs) * tr(E H E^T):
+
+the loss is linear in the layer's squared output error, as HIGGS found by injecting noise (arXiv:2411.17525), and one
+backward pass gives the coefficients of all layers, where noise takes a forward pass for each.
 """
 
 from __future__ import annotations
@@ -21,11 +26,13 @@ from transformers import PreTrainedModel
 
 from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.task import Tell
+from quantlab.quantizers.gptq import factorize
 
 # Tokens whose activations are held for the backward pass at once.
 _BATCH_TOKENS = 1024
 # Of injected noise, relative to the weight: about what four bits leave.
 _NOISE = 0.1
+_DAMPING = 0.01
 
 
 def coefficients(
@@ -43,19 +50,54 @@ def coefficients(
     Returns:
         A coefficient for each layer; 0 for one that no token went through.
     """
-    sums = dict.fromkeys(layers, 0.0)
     generator = torch.Generator().manual_seed(seed)
+    squares: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str) -> Callable[..., None]:
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name].append(args[0].detach())  # layers that share an input share its memory
+
+        return before
 
     def take(name: str, gradient: torch.Tensor) -> None:
-        # Of rows that were routed elsewhere nothing is felt: the mean is over all tokens, like the errors' energies.
-        sums[name] += float(gradient.float().square().sum()) / gradient.shape[-1]
+        squares[name].append(gradient.float().square().mean(-1).flatten())
 
-    batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-    for number, batch in enumerate(batches):
-        if tell is not None:
-            tell(number, len(batches), f"gradients of {tokens.numel():,} tokens")
-        backward(model, layers, batch, generator, take)
-    return {name: total / 2 / tokens.numel() for name, total in sums.items()}
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
+    try:
+        batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+        for number, batch in enumerate(batches):
+            if tell is not None:
+                tell(number, len(batches), f"gradients of {tokens.numel():,} tokens")
+            backward(model, layers, batch, generator, take)
+    finally:
+        for handle in handles:
+            handle.remove()
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    found = {}
+    for name in layers:
+        felt = torch.cat(squares[name]) if squares[name] else torch.zeros(0)
+        key = tuple(map(id, inputs[name]))
+        if key not in known:
+            known[key] = _leverage(inputs[name])
+        # Of rows that were routed elsewhere nothing is felt: the mean is over all tokens, like the errors' energies.
+        weight = known[key] if len(known[key]) == len(felt) else torch.ones_like(felt)
+        found[name] = float((felt * weight).sum()) / 2 / tokens.numel()
+    return found
+
+
+def _leverage(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """``x^T H^-1 x`` of each row of ``inputs``, over its mean; 1 for token ids."""
+    if not inputs:
+        return torch.zeros(0)
+    if not inputs[0].is_floating_point():
+        return torch.ones(sum(ids.numel() for ids in inputs))
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).float()
+    if not len(rows):
+        return torch.zeros(0)
+    factor, _ = factorize(rows.T @ rows / len(rows), _DAMPING)
+    found = torch.linalg.solve_triangular(factor, rows.T, upper=True).square().sum(0)
+    return found / found.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def injected(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from quantlab.allocation.curvature import backward
 from quantlab.allocation.resumed import shared_groups
 from quantlab.allocation.sensitivity import Sensitivity, Unit
-from quantlab.allocation.task import Task
+from quantlab.allocation.task import Task, spread
 from quantlab.engine.architecture import get_weight
 from quantlab.problem import InputStatistics, LayerProblem
 from quantlab.quantizers.rtn import Rtn
@@ -38,7 +38,7 @@ def measure(task: Task) -> Sensitivity:
     """
     model = task.model(twice=True)
     groups = shared_groups(model, task.architecture, task.names, task.tokens[:1, :32])
-    tokens = task.tokens[: max(1, TOKENS // LENGTH), :LENGTH]
+    tokens = task.tokens[spread(len(task.tokens), TOKENS // LENGTH), :LENGTH]
     losses = {name: np.full(len(task.candidates), math.inf) for name in task.names}
     for of_layer in losses.values():
         of_layer[task.kept] = 0.0

@@ -16,7 +16,7 @@ import torch
 from quantlab.allocation.curvature import coefficients, injected
 from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.sensitivity import NATS, Sensitivity, Unit
-from quantlab.allocation.task import Task
+from quantlab.allocation.task import Task, spread
 from quantlab.engine.architecture import OUTSIDE
 from quantlab.engine.progress import Silent
 from quantlab.engine.survey import Measured, Survey
@@ -25,7 +25,7 @@ from quantlab.errors import PreflightError
 # Tokens that second moments are taken over, at least, and for each input of the widest layer: with fewer, errors look
 # smaller than they are where a layer is wide. Rows of a layer that each candidate is solved for. Tokens that gradients
 # are taken over.
-TOKENS, TOKENS_AN_INPUT, ROWS, GRADIENT_TOKENS = 8192, 6, 32, 2048
+TOKENS, TOKENS_AN_INPUT, ROWS, GRADIENT_TOKENS = 8192, 6, 32, 4096
 _GRADIENT_LENGTH, _NOISE_TOKENS = 256, 1024
 COEFFICIENTS = ("gradient", "noise", "none")
 
@@ -47,6 +47,8 @@ def measure(task: Task) -> Sensitivity:
     rows = task.options.get("rows", ROWS)
     if type(rows) is not int or rows < 1:
         raise PreflightError(f"rows {rows!r}: use a whole number, at least 1")
+    if how != "none":
+        task.refuse_too_large(torch.float32 if how == "noise" else None, twice=how == "gradient")
     measured, groups, refused = survey(task, rows)
     scales, unreached = dict.fromkeys(task.names, 1.0), list[str]()
     if how != "none":
@@ -105,8 +107,7 @@ def survey(
     if not task.plans:
         return {name: {} for name in task.names}, [(name,) for name in task.names], {}
     numbers = list(task.plans)
-    widest = max(task.weight(name).shape[-1] for name in task.names)
-    tokens = task.tokens[: -(-max(TOKENS, TOKENS_AN_INPUT * widest) // task.tokens.shape[1])]
+    tokens = task.tokens[observed(task)]
     batches = list(tokens.split(max(1, 1024 // tokens.shape[1])))
     ways = [dict(task.plans[number]) for number in numbers]
     progress = _Blocks(task)
@@ -126,18 +127,25 @@ def survey(
     return by_layer, run.groups, {numbers[place]: reason for place, reason in run.refused.items()}
 
 
+def observed(task: Task) -> torch.Tensor:
+    """Which calibration sequences second moments are taken over, spread evenly over all."""
+    widest = max(task.weight(name).shape[-1] for name in task.names)
+    return spread(len(task.tokens), -(-max(TOKENS, TOKENS_AN_INPUT * widest) // task.tokens.shape[1]))
+
+
 def _coefficients(task: Task) -> dict[str, float]:
-    model = task.model(twice=True)
-    length = min(_GRADIENT_LENGTH, task.tokens.shape[1])
-    tokens = task.tokens[: max(1, GRADIENT_TOKENS // length), :length]
-    return coefficients(model, list(task.names), tokens, tell=task.tell)
+    return coefficients(task.model(twice=True), list(task.names), _short(task, GRADIENT_TOKENS), tell=task.tell)
 
 
 def _injected(task: Task) -> dict[str, float]:
-    model = task.model(torch.float32)
+    divergence = ResumedDivergence(task.model(torch.float32), task.architecture, _short(task, _NOISE_TOKENS))
+    return injected(divergence, task.names, tell=task.tell)
+
+
+def _short(task: Task, tokens: int) -> torch.Tensor:
+    """The beginnings of some sequences."""
     length = min(_GRADIENT_LENGTH, task.tokens.shape[1])
-    tokens = task.tokens[: max(1, _NOISE_TOKENS // length), :length]
-    return injected(ResumedDivergence(model, task.architecture, tokens), task.names, tell=task.tell)
+    return task.tokens[spread(len(task.tokens), tokens // length), :length]
 
 
 class _Blocks(Silent):

@@ -30,7 +30,7 @@ class Evaluated:
         self.evaluations = 0
 
     def loss(self, chosen: Sequence[int]) -> float:
-        """KL divergence from the original, nats a token, on text that no second moment was taken from."""
+        """KL divergence from the original, nats a token."""
         self.evaluations += 1
         self._task.tell(self.evaluations, self.evaluations + 1, f"evaluation {self.evaluations}")
         changes: dict[str, torch.Tensor] = {}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from quantlab.allocation.error import ROWS, survey
 from quantlab.allocation.sensitivity import Sensitivity, Unit
-from quantlab.allocation.task import Task
+from quantlab.allocation.task import Task, spread
 from quantlab.errors import PreflightError
 
 # Random signs that are drawn, and text that the loss is taken on.
@@ -34,10 +34,11 @@ def measure(task: Task) -> Sensitivity:
     probes = task.options.get("probes", PROBES)
     if type(probes) is not int or probes < 1:
         raise PreflightError(f"probes {probes!r}: use a whole number, at least 1")
+    task.refuse_too_large(torch.float32, twice=True)
     measured, groups, refused = survey(task, ROWS)
     model = task.model(torch.float32, twice=True)
     squares = {name: float(model.get_submodule(name).get_parameter("weight").square().sum()) for name in task.names}
-    traces = layer_traces(model, task, task.tokens[:SEQUENCES, :LENGTH], probes)
+    traces = layer_traces(model, task, task.tokens[spread(len(task.tokens), SEQUENCES), :LENGTH], probes)
     counts = task.weights()
     units = []
     for name in task.names:

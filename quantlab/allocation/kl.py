@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from quantlab.allocation.error import survey
+from quantlab.allocation.error import observed, survey
 from quantlab.allocation.items import agreeing
 from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.sensitivity import NATS, Sensitivity, Unit
-from quantlab.allocation.task import Task
+from quantlab.allocation.task import Task, spread
 from quantlab.engine.architecture import Architecture
 
 # Text that divergence is measured on; what a candidate loses, in nats, below which finer ones are scaled.
@@ -52,12 +52,14 @@ def measure(task: Task) -> Sensitivity:
 
 
 def resumed(task: Task) -> ResumedDivergence:
-    """The model in float32, on a little of the text."""
+    """The model in float32, on a little of the text: where there is enough, not what second moments are taken over."""
     wanted = task.options.get("tokens", SEQUENCES * LENGTH)
     length = min(LENGTH, task.tokens.shape[1])
     count = max(1, wanted // length) if isinstance(wanted, int) else SEQUENCES
-    # From the end: an estimate of second moments takes the text from its start.
-    return ResumedDivergence(task.model(torch.float32), task.architecture, task.tokens[-count:, :length])
+    seen = set(observed(task).tolist())
+    unseen = [place for place in range(len(task.tokens)) if place not in seen] or sorted(seen)
+    places = torch.tensor(unseen)[spread(len(unseen), count)]
+    return ResumedDivergence(task.model(torch.float32), task.architecture, task.tokens[places, :length])
 
 
 class Items:

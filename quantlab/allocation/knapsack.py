@@ -83,22 +83,21 @@ class _Rest:
 
     def __init__(self, options: list[_Options]) -> None:
         self._options = options
-        self._hulls: list[tuple[np.ndarray, np.ndarray]] = []
         steps = [_steps(option) for option in options]
-        for stage in range(len(options) + 1):
-            base_cost = sum(float(option.costs[0]) for option in options[stage:])
-            base_loss = sum(float(option.losses[0]) for option in options[stage:])
-            found = np.concatenate([np.zeros((0, 2)), *steps[stage:]])
-            found = found[np.argsort(-found[:, 1] / found[:, 0], kind="stable")]
-            reached = np.cumsum(np.concatenate([[[base_cost, base_loss]], found * [1, -1]]), axis=0)
-            self._hulls.append((reached[:, 0], reached[:, 1]))
+        self._stage = np.repeat(np.arange(len(options)), [len(of_item) for of_item in steps])
+        self._steps = np.concatenate([np.zeros((0, 2)), *steps])
+        best_first = np.argsort(-self._steps[:, 1] / self._steps[:, 0], kind="stable")
+        self._stage, self._steps = self._stage[best_first], self._steps[best_first]
+        least = [[option.costs[0], option.losses[0]] for option in options]
+        self._least = np.concatenate([np.cumsum(np.array(least)[::-1], axis=0)[::-1], [[0.0, 0.0]]])
 
     def least_cost(self, stage: int) -> float:
-        return float(self._hulls[stage][0][0])
+        return float(self._least[stage, 0])
 
     def bound(self, stage: int, budgets: np.ndarray) -> np.ndarray:
         """The least loss of the items from ``stage`` on, for each of some budgets that are enough for them."""
-        costs, losses = self._hulls[stage]
+        steps = self._steps[self._stage >= stage] * [1, -1]
+        costs, losses = np.cumsum(np.concatenate([self._least[[stage]], steps]), axis=0).T
         return np.interp(budgets, costs, losses)
 
     def rounded(self, budget: float) -> float:
@@ -109,7 +108,7 @@ class _Rest:
             for cost, loss in _steps(option)
         ]
         left = budget - self.least_cost(0)
-        total = float(self._hulls[0][1][0])
+        total = float(self._least[0, 1])
         stopped: set[int] = set()
         for _, cost, loss, item in sorted(steps, key=lambda step: -step[0]):
             if item not in stopped and cost <= left:

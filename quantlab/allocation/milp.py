@@ -45,7 +45,7 @@ def solve(
     items, options = choices.losses.shape
     allowed = np.isfinite(choices.losses).ravel()
     size = items * options
-    one_each = csr_matrix(np.kron(np.eye(items), np.ones((1, options))))
+    one_each = csr_matrix((np.ones(size), (np.repeat(np.arange(items), options), np.arange(size))))
     pairs = list(choices.pairs.items())
     objective = np.concatenate([np.where(allowed, choices.losses.ravel(), 0.0), *(t.ravel() for _, t in pairs)])
     extra = len(objective) - size

@@ -46,6 +46,7 @@ def measure(task: Task) -> Sensitivity:
         raise PreflightError(f"base {base!r}: use one of {', '.join(BASES)}")
     if which not in PAIRS or type(top) is not int or top < 2:
         raise PreflightError(f"pairs {which!r}, top {top!r}: use {', '.join(PAIRS)}, and at least 2")
+    task.refuse_too_large(torch.float32)
     found = BASES[str(base)](task)
     together = bool(task.options.get("together", True))
     groups = found.groups if together else tuple((name,) for group in found.groups for name in group)

@@ -99,15 +99,11 @@ class Task:
         """How many weights each layer has."""
         return {name: self.weight(name).numel() for name in self.names}
 
-    def model(self, dtype: torch.dtype | None = None, *, twice: bool = False) -> PreTrainedModel:
-        """The whole model in memory, as it is.
-
-        Args:
-            dtype: None: its own.
-            twice: whether as much again will be needed beside it.
+    def refuse_too_large(self, dtype: torch.dtype | None = None, *, twice: bool = False) -> None:
+        """Refuse, before an hour is spent, a model that memory cannot hold as a whole; see :meth:`model`.
 
         Raises:
-            PreflightError: memory cannot hold it.
+            PreflightError: says what is needed, what is there, and what takes less.
         """
         size = parameter_bytes(self.skeleton) * (2 if twice else 1)
         if dtype is not None:
@@ -119,11 +115,29 @@ class Task:
                 f"{available / _GIB:.1f} GiB are free; use sensitivity error with coefficients none, which holds one "
                 "block, or close other programs"
             )
+
+    def model(self, dtype: torch.dtype | None = None, *, twice: bool = False) -> PreTrainedModel:
+        """The whole model in memory, as it is.
+
+        Args:
+            dtype: None: its own.
+            twice: whether as much again will be needed beside it.
+
+        Raises:
+            PreflightError: memory cannot hold it.
+        """
+        self.refuse_too_large(dtype, twice=twice)
         model = self.source.skeleton()
         self.source.load(model)
         if dtype is not None:
             nn.Module.to(model, dtype)
         return model
+
+
+def spread(total: int, count: int) -> torch.Tensor:
+    """``count`` of ``total`` places, at least one, spread evenly: int64."""
+    count = min(max(1, count), total)
+    return ((torch.arange(count) + 0.5) * total / count).long()
 
 
 def plan_candidates(

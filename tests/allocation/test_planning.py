@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import quantlab
-from quantlab.allocation import error
+from quantlab.allocation import error, task
 from quantlab.allocation.budget import Budget, parse_budget
 from quantlab.allocation.choices import InfeasibleError
 from quantlab.allocation.explanation import explain
 from quantlab.allocation.plan import read_plan
 from quantlab.cli.app import main
-from quantlab.errors import QuantlabError, RecipeError
+from quantlab.errors import PreflightError, QuantlabError, RecipeError
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,17 @@ def test_an_infeasible_budget_says_what_is_feasible(plan, tmp_path, monkeypatch)
 def test_what_cannot_be_is_refused(plan, arguments, message):
     with pytest.raises(QuantlabError, match=message):
         plan(arguments.pop("budget", 3.5), **arguments)
+
+
+@pytest.mark.parametrize("method", ["error", "kl", "hessian", "delta-loss", "pairwise"])
+def test_a_model_that_memory_cannot_hold_is_refused_before_any_work(plan, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(task.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(error, "Survey", None)
+    with pytest.raises(PreflightError, match="coefficients none"):
+        plan(3.5, sensitivity=method, cache=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(error, "coefficients", None)
+    assert not plan(3.5, options={"coefficients": "none"}, cache=tmp_path).predicts
 
 
 def test_a_head_and_embeddings_take_part_if_asked(model, tokens, tmp_path):

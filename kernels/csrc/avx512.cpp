@@ -78,10 +78,11 @@ void multiply_tile(const Tile<BITS> &given) {
     int64_t block = 0;
     for (; block + kUnroll <= whole; block += kUnroll) {
         // Further tiles, in the order in which they lie in memory: rows of a tile are too short for the processor to follow.
-        unrolled<R * kUnroll>([&](auto i) QL_INLINED {
-            const char *codes = reinterpret_cast<const char *>(tile.rows);
-            _mm_prefetch(codes + kAhead + (block * R + i) * C::kBytes, _MM_HINT_T1);
-        });
+        if constexpr (R > 1)
+            unrolled<R * kUnroll>([&](auto i) QL_INLINED {
+                const char *codes = reinterpret_cast<const char *>(tile.rows);
+                _mm_prefetch(codes + kAhead + (block * R + i) * C::kBytes, _MM_HINT_T1);
+            });
         unrolled<kUnroll>([&](auto u) QL_INLINED {
             add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
         });
@@ -144,6 +145,9 @@ struct Values {
     uint16_t data[256] = {};
 };
 
+// Rows that are pages long share their places in the first-level cache: one at a time, as a stream that the processor follows.
+constexpr int64_t kPage = 4096;
+
 template <int BITS>
 void multiply(const Job &job, int64_t begin, int64_t end) {
     const Values values(*job.weight);
@@ -156,7 +160,10 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
         part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
-            case 1: multiply_rows<BITS, 1, 4>(part, codes, begin, end); break;
+            case 1:
+                if (job.row_bytes % kPage == 0) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
+                else multiply_rows<BITS, 1, 4>(part, codes, begin, end);
+                break;
             case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
             case 4: multiply_rows<BITS, 4, 2>(part, codes, begin, end); break;
             default: multiply_rows<BITS, 8, 2>(part, codes, begin, end);

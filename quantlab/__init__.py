@@ -13,66 +13,87 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from quantlab.allocation.plan import Plan
     from quantlab.benchmark import Bench, bench
     from quantlab.checkpoint.adapter import save_adapter
     from quantlab.checkpoint.load import load
     from quantlab.comparison import Comparison, compare
-    from quantlab.engine.quantize import Result, quantize
+    from quantlab.engine.estimate import Estimate
+    from quantlab.engine.quantize import Result, dry_run, quantize
     from quantlab.errors import QuantlabError
     from quantlab.evaluation import Evaluation, evaluate, evaluate_variants
+    from quantlab.export import Export, export
     from quantlab.formats import DescribedFormat, formats
     from quantlab.inspection import Inspection, inspect
+    from quantlab.planning import plan
     from quantlab.prediction import Roofline, roofline
     from quantlab.recipe import Recipe, Scheme, load_recipe, ready_recipes
+    from quantlab.verification import Verification, verify
 
 __all__ = [
     "Bench",
     "Comparison",
     "DescribedFormat",
+    "Estimate",
     "Evaluation",
+    "Export",
     "Inspection",
+    "Plan",
     "QuantlabError",
     "Recipe",
     "Result",
     "Roofline",
     "Scheme",
+    "Verification",
     "bench",
     "compare",
+    "dry_run",
     "evaluate",
     "evaluate_variants",
+    "export",
     "formats",
     "inspect",
     "load",
     "load_recipe",
+    "plan",
     "quantize",
     "ready_recipes",
     "roofline",
     "save_adapter",
+    "verify",
 ]
 
 _HOMES = {
     "Bench": "benchmark",
     "Comparison": "comparison",
     "DescribedFormat": "formats",
+    "Estimate": "engine.estimate",
     "Evaluation": "evaluation",
+    "Export": "export",
     "Inspection": "inspection",
+    "Plan": "allocation.plan",
     "QuantlabError": "errors",
     "Recipe": "recipe",
     "Result": "engine.quantize",
     "Roofline": "prediction",
     "Scheme": "recipe",
+    "Verification": "verification",
     "bench": "benchmark",
     "compare": "comparison",
+    "dry_run": "engine.quantize",
     "evaluate": "evaluation",
     "evaluate_variants": "evaluation",
+    "export": "export",
     "formats": "formats",
     "inspect": "inspection",
     "load": "checkpoint.load",
     "load_recipe": "recipe",
+    "plan": "planning",
     "quantize": "engine.quantize",
     "ready_recipes": "recipe",
     "roofline": "prediction",
     "save_adapter": "checkpoint.adapter",
+    "verify": "verification",
 }
 
 

@@ -18,18 +18,16 @@ from quantlab_evals import (
     measure_speed,
     stream_bandwidth,
 )
-from transformers import AutoConfig
 
-from quantlab.checkpoint.load import load
-from quantlab.checkpoint.resolve import resolve
-from quantlab.checkpoint.weights import WeightFiles
-from quantlab.errors import CheckpointError, QuantlabError
+from quantlab.errors import QuantlabError
+from quantlab.evaluation.subject import Subject
 from quantlab.layer_speed import LayerSpeed, layer_speeds
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, the steps in all of this stage, and what is being done."""
 
-_LOAD = "quantlab.checkpoint.load:load"
+LOAD = "quantlab.evaluation.subject:load_named"
+"""What loads a model by its name in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class BenchedModel:
 
     Attributes:
         speed: reading prompts and decoding.
-        bytes: of its weight files.
+        bytes: of its weight files, or of its tensors where another tool made it in memory.
         loading: seconds and memory of a process that loads and runs it; None where that was not asked for.
         layers: its kinds of layers, by batch size and name; empty where that was not asked for.
     """
@@ -124,7 +122,7 @@ def bench(
     All models are in memory at once. Loading is measured last, in a process for each, when their files have been read.
 
     Args:
-        models: folders, quantized or not, ``.gguf`` files, Hugging Face ids, ``demo``.
+        models: folders, quantized or not, ``.gguf`` files, Hugging Face ids, ``demo``, ``TOOL:KIND:MODEL``.
         against: what to compare with: usually the model that they were made from.
         settings: of the measurement of speed.
         memory: whether to measure loading.
@@ -137,41 +135,34 @@ def bench(
     """
     settings = settings or SpeedSettings()
     started = time.perf_counter()
-    folders = _folders([*models, *([] if against is None else [against])])
+    subjects = _subjects([*models, *([] if against is None else [against])])
     tell = progress or (lambda *_: None)
     loaded = {}
-    for place, (name, folder) in enumerate(folders.items()):
-        tell(place, len(folders), f"load {name}")
-        loaded[name] = load(folder)
+    for place, (name, subject) in enumerate(subjects.items()):
+        tell(place, len(subjects), f"load {name}")
+        loaded[name] = subject.loaded()
     bandwidth = stream_bandwidth()
     comparison = measure_speed(loaded, settings, progress=tell)
-    kinds: dict[str, tuple[LayerSpeed, ...]] = dict.fromkeys(folders, ())
+    kinds: dict[str, tuple[LayerSpeed, ...]] = dict.fromkeys(subjects, ())
     if layers:
         kinds = layer_speeds(loaded, settings, bandwidth, lambda done, total: tell(done, total, "layers"))
     threads = comparison.machine.threads
     benched = []
-    for place, (speed, folder) in enumerate(zip(comparison.models, folders.values(), strict=True)):
+    for place, (speed, subject) in enumerate(zip(comparison.models, subjects.values(), strict=True)):
         cost = None
         if memory:
-            tell(place, len(folders), f"load {speed.name} in a process of its own")
-            cost = load_cost(_LOAD, str(folder), threads=threads, prompt_tokens=settings.prompt_tokens)
-        size = sum(file.stat().st_size for file in WeightFiles(folder).files)
-        benched.append(BenchedModel(speed, size, cost, kinds[speed.name]))
+            tell(place, len(subjects), f"load {speed.name} in a process of its own")
+            cost = load_cost(LOAD, speed.name, threads=threads, prompt_tokens=settings.prompt_tokens)
+        benched.append(BenchedModel(speed, subject.bytes(loaded[speed.name]), cost, kinds[speed.name]))
     named = None if against is None else str(against)
     return Bench(comparison, tuple(benched), named, bandwidth, time.perf_counter() - started)
 
 
-def _folders(models: Sequence[str | Path]) -> dict[str, Path]:
-    """The folders of models by what they are called; every one can be read."""
+def _subjects(models: Sequence[str | Path]) -> dict[str, Subject]:
+    """Models by what they are called; the configuration of every one can be read."""
     names = [str(model) for model in models]
     if not names:
         raise QuantlabError("there is no model to measure; name one")
     if again := next((name for name in names if names.count(name) > 1), None):
         raise QuantlabError(f"{again}: is named twice; a model is measured once, and --against adds the original")
-    folders = {name: resolve(model) for name, model in zip(names, models, strict=True)}
-    for name, folder in folders.items():
-        try:
-            AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{name}: its config.json cannot be read: {error}") from error
-    return folders
+    return {name: Subject.of(name) for name in names}

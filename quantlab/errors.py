@@ -19,9 +19,17 @@ class CheckpointError(QuantlabError):
     """A model folder or file that cannot be read or written."""
 
 
+class VerificationError(QuantlabError):
+    """A quantized model that does not load, or does not say what was quantized."""
+
+
 class DataError(QuantlabError):
     """Text that cannot be found, or that is too short."""
 
 
 class MissingStatisticsError(QuantlabError):
     """A method was given a layer without the statistics that it declared to need."""
+
+
+class LostRankError(QuantlabError):
+    """Another process of a run that several share has ended, or does not answer."""

@@ -147,11 +147,16 @@ def _shape(
         kv_bits=8 * dtype.itemsize,
         routed_bytes=sum(read[layer] for layer in routed),
         routed_weights=sum(math.prod(linear[layer]) for layer in routed),
-        routed_share=_routed_share(config) if routed else 0.0,
+        routed_share=routed_share(config) if routed else 0.0,
     )
 
 
-def _routed_share(config: PretrainedConfig) -> float:
+def routed_share(config: PretrainedConfig) -> float:
+    """Of the experts of a mixture, the share that a token goes through.
+
+    Raises:
+        QuantlabError: the config does not say.
+    """
     text = config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None)
     names = ("num_experts", "num_local_experts", "n_routed_experts")

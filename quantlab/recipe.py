@@ -165,6 +165,7 @@ class Recipe:
         transforms: how the model is rewritten before it is quantized: methods in order, each with its options.
         layers: changes to the default scheme, by pattern.
         calibration: which text the layers see.
+        plan: what the allocator says of how it chose the layers' schemes; carried along, never acted on.
     """
 
     name: str = "custom"
@@ -173,6 +174,7 @@ class Recipe:
     transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def scheme(self, layer: str) -> Scheme:
         """The scheme of the layer called ``layer``."""
@@ -192,6 +194,7 @@ class Recipe:
             "transforms": {method: dict(options) for method, options in self.transforms.items()},
             "layers": {pattern: dict(changes) for pattern, changes in self.layers.items()},
             "calibration": {f.name: getattr(self.calibration, f.name) for f in fields(Calibration)},
+            **({"plan": dict(self.plan)} if self.plan else {}),
         }
 
 
@@ -214,14 +217,16 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
     scheme_keys = {f.name for f in fields(Scheme)}
-    own = {"name", "description", "transforms", "layers", "calibration"}
+    own = {"name", "description", "transforms", "layers", "calibration", "plan"}
     _known(data, scheme_keys | own, "the recipe")
     name, description = data.get("name", "custom"), data.get("description", "")
     for key, value in (("name", name), ("description", description)):
         if not isinstance(value, str):
             raise RecipeError(f"{key} {value!r}: use text, in quotes if need be")
-    layers, calibration = ({} if data.get(key) is None else data[key] for key in ("layers", "calibration"))
-    for key, value in (("layers", layers), ("calibration", calibration)):
+    layers, calibration, plan = (
+        {} if data.get(key) is None else data[key] for key in ("layers", "calibration", "plan")
+    )
+    for key, value in (("layers", layers), ("calibration", calibration), ("plan", plan)):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{key}: expected a mapping, not {value!r}")
     _known(calibration, {f.name for f in fields(Calibration)}, "calibration")
@@ -240,6 +245,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         transforms=_transforms(data.get("transforms")),
         layers=dict(layers),
         calibration=Calibration(**calibration),
+        plan=dict(plan),
     )
 
 

@@ -2,7 +2,8 @@
 
 A grid is a line of text, ``formats=int4,nf4 quantizers=rtn,gptq(damping=0.05) compensation=none,qera-exact:16``, a
 mapping of axes to lists, or a YAML file that holds such a mapping. Options of a method stand in parentheses; a value
-after a colon is its first option. An axis that is not named keeps the recipe's value.
+after a colon is its first option. An axis that is not named keeps the recipe's value. ``bits`` goes with families of
+formats: ``formats=int,nf bits=3,4`` is int3, int4, nf3 and nf4.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import Any
 
 from quantlab.compensation import compensation_options, make_compensation
 from quantlab.errors import RecipeError
+from quantlab.numerics import format_called
 from quantlab.quantizers import make_quantizer, quantizer_options
 from quantlab.recipe import Scheme, changed, parse_yaml
 
 Grid = str | Path | Mapping[str, Any]
 
-# What a grid calls an axis, and the field of a scheme that it sets.
+# What a grid calls an axis, and the field of a scheme that it sets; bits are a part of the format.
 AXES = {
     "formats": "format",
+    "bits": "bits",
     "groups": "granularity",
     "quantizers": "quantizer",
     "compensation": "compensation",
@@ -65,7 +68,7 @@ def expand(grid: Grid, base: Scheme) -> tuple[Variant, ...]:
     schemes: list[Scheme] = []
     for combination in product(*axes):
         scheme = base
-        for changes in combination:
+        for changes in _sized(combination, base):
             scheme = changed(scheme, changes, "the grid")
         if scheme.keeps:
             raise RecipeError("the grid: format none leaves a layer as it is, which has no error; leave it out")
@@ -75,6 +78,21 @@ def expand(grid: Grid, base: Scheme) -> tuple[Variant, ...]:
         if scheme not in schemes:
             schemes.append(scheme)
     return tuple(Variant(_name(scheme, base, schemes), scheme) for scheme in schemes)
+
+
+def _sized(combination: Iterable[dict[str, Any]], base: Scheme) -> list[dict[str, Any]]:
+    """The changes of a combination, its bits made a part of its format."""
+    changes = list(combination)
+    bits = next((change["bits"] for change in changes if "bits" in change), None)
+    if bits is None:
+        return changes
+    named = next((change["format"] for change in changes if "format" in change), base.format)
+    family = re.sub(r"\d+$", "", str(named))
+    rest = [change for change in changes if not {"bits", "format"} & set(change)]
+    sized = f"{family}{bits}"
+    if str(format_called(sized).bits) != str(bits):  # e2m3 with 4 would be e2m4
+        raise RecipeError(f"grid: bits={bits}: {named} has one width; use a family, such as int, nf, power or codebook")
+    return [{"format": sized}, *rest]
 
 
 def method_name(scheme: Scheme, base: Scheme | None = None) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def test_quantize_says_one_document_and_its_progress_elsewhere(quantized, place)
     assert document["calibration"]["tokens"] == 128
     assert 4 < document["bits"] < 5
     assert document["bytes"] == sum(file.stat().st_size for file in (place / "w4").glob("*.safetensors"))
+    assert document["verification"]["passed"]
     assert "block 2 of 2 model.layers.1: 7 layers" in quantized.stderr
     assert "elapsed" in quantized.stderr
     assert "Traceback" not in quantized.stderr
@@ -190,7 +192,7 @@ def test_eval_by_other_definitions(call, quantized):
 def test_set_and_log_and_quiet(call, place):
     code, out, err = call(
         "quantize", "model", "--recipe", "w4-rtn", "--out", "w3", "--set", "format=int3",
-        "--set", "scale_search=mse", "--quiet", "--log", "log.txt",
+        "--set", "scale_search=mse", "--quiet", "--log", "log.txt", "--no-verify",
     )  # fmt: skip
     assert (code, out, err) == (0, "", "")
     assert yaml.safe_load((place / "w3" / "recipe.yaml").read_text())["format"] == "int3"
@@ -202,6 +204,7 @@ def test_set_and_log_and_quiet(call, place):
 def test_quantize_for_a_person(call, place):
     code, out, err = call("quantize", "model", "--recipe", "w4-rtn", "--set", "scale_search=mse", "--out", "person")
     assert code == 0
+    assert "verified: 7 checks passed; `quantlab verify person` shows them" in out
     for words in ("bits a weight", "worst layers", "of the weights", "quantlab eval person --against model"):
         assert words in out
     assert "14 layers in 2 blocks" in err
@@ -268,7 +271,7 @@ def test_an_unexpected_error_keeps_its_traceback(place):
 
 
 def test_interrupted_it_says_how_to_go_on_and_goes_on(call, place, monkeypatch):
-    command = ["quantize", "model", "--out", "resumed", "--calibration", "text.txt", *QUICK]
+    command = ["quantize", "model", "--out", "resumed", "--calibration", "text.txt", *QUICK, "--no-verify"]
     commit = Journal.commit
 
     def commit_then_interrupt(journal, block, *arguments):
@@ -322,6 +325,29 @@ def test_ctrl_c_ends_a_real_process(place):
     assert "Traceback" not in err
 
 
+def test_export_and_verify(call, quantized, place):
+    pytest.importorskip("compressed_tensors")
+    code, out, err = call("export", "w4", "--to", "compressed-tensors", "--out", "ct", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["exact"]
+    assert len(document["layers"]) == 14
+    code, out, err = call("export", "w4", "--to", "gguf", "--out", "w4.gguf")
+    assert code == 0
+    assert "14 layers: Q4_0" in out
+    assert "every layer decodes to the same weight" in out
+    code, out, err = call("verify", "ct")
+    assert (code, err) == (0, "")
+    assert "ok    its predictions are those of the codes" in out
+    shutil.copytree(place / "w4", place / "broken")
+    recipe = (place / "broken" / "recipe.yaml").read_text()
+    (place / "broken" / "recipe.yaml").write_text(recipe.replace("int4", "int3"))
+    code, out, err = call("verify", "broken")
+    assert code == 2
+    assert "layers are what the recipe says" in err
+    assert "bits 4, where the recipe says 3" in err
+
+
 def test_inspect_says_what_the_files_hold(call, quantized, place):
     code, out, err = call("inspect", "w4", "--json")
     assert (code, err) == (0, "")
@@ -369,7 +395,10 @@ def test_compare_says_one_document_and_its_progress_elsewhere(place):
     assert "7 layers in 2 blocks, each quantized in 8 ways" in done.stderr
     assert "Traceback" not in done.stderr
     page = (place / "plot.html").read_text()
-    assert "channel gptq" in page
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert [entry["name"] for entry in data["variants"]] == [entry["variant"] for entry in document["variants"]]
+    assert {measure["name"] for measure in data["measures"]} >= {"bits", "output_error", "weight_error"}
+    assert len(data["failed"]) == 4
     assert not re.search("<(script|link)[^>]*http", page), "it needs no network"
 
 
@@ -443,7 +472,7 @@ def test_help_shows_examples_that_work(call, quantized, place):
         assert code == 0
         lines = out.partition("Example")[2].splitlines()
         shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 14
+    assert len(shown) == 15
     (place / "demo-w4").symlink_to(place / "w4")
     for number, line in enumerate(shown):
         words = shlex.split(line.partition(">")[0])[1:]

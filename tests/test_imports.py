@@ -29,9 +29,13 @@ MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.n
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
-SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "layer_speed", "model_shape", "prediction")}
+SPEED = {f"quantlab.{part}" for part in ("benchmark", "devices", "latency", "layer_speed", "model_shape", "prediction")}
 API = SPEED | {
-    f"quantlab.{part}" for part in ("formats", "inspection", "evaluation", "variants", "comparison", "sweep")
+    f"quantlab.{part}"
+    for part in (
+        *("export", "verification", "formats", "inspection", "evaluation", "variants", "comparison", "sweep"),
+        *("planning", "plan_check", "plan_problem"),
+    )
 }
 MAY_KNOW: dict[str, set[str]] = {
     "quantlab_kernels": set(),
@@ -48,18 +52,24 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.nn": MODEL - {"quantlab.nn"},
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
-    "quantlab.allocation": ENGINE | {"quantlab.engine"},
+    "quantlab.allocation": ENGINE | {"quantlab.engine", "quantlab.variants"},
+    "quantlab.export": TOP,
+    "quantlab.verification": TOP | {"quantlab.export"},
     "quantlab.formats": {"quantlab.errors", "quantlab.numerics"},
     "quantlab.inspection": TOP,
     "quantlab.evaluation": TOP,
     "quantlab.variants": {*METHODS, "quantlab.quantizers", "quantlab.compensation"},
     "quantlab.comparison": TOP | {"quantlab.variants"},
-    "quantlab.benchmark": TOP | {"quantlab.layer_speed"},
+    "quantlab.latency": TOP | {"quantlab.devices", "quantlab.model_shape"},
+    "quantlab.plan_problem": TOP | {"quantlab.latency", "quantlab.variants"},
+    "quantlab.planning": TOP | {"quantlab.plan_problem", "quantlab.variants"},
+    "quantlab.plan_check": TOP | {"quantlab.evaluation", "quantlab.plan_problem", "quantlab.planning"},
+    "quantlab.benchmark": TOP | {"quantlab.layer_speed", "quantlab.evaluation"},
     "quantlab.devices": {"quantlab.errors", "quantlab_evals"},
     "quantlab.layer_speed": TOP,
     "quantlab.model_shape": TOP,
     "quantlab.prediction": TOP | {"quantlab.devices", "quantlab.model_shape"},
-    "quantlab.sweep": TOP | {"quantlab.evaluation"},
+    "quantlab.sweep": TOP | SPEED | {f"quantlab.{part}" for part in ("evaluation", "inspection", "variants")},
     "quantlab.cli": TOP | API | {"quantlab"},
     "quantlab": TOP | API,  # its __init__, the public names
 }

@@ -105,6 +105,15 @@ def test_a_file_and_a_mapping_say_the_same(tmp_path):
     assert names({"formats": "nf4"}) == ["nf4/64 rtn"]
 
 
+def test_bits_are_a_part_of_the_format():
+    def formats(grid):
+        return [variant.scheme.format for variant in expand(grid, BASE)]
+
+    assert formats("formats=int,nf bits=3,4") == ["int3", "int4", "nf3", "nf4"]
+    assert formats("bits=2,8") == ["int2", "int8"], "of the recipe's family"
+    assert formats({"formats": ["power", "codebook"], "bits": [3]}) == ["power3", "codebook3"]
+
+
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
@@ -121,7 +130,10 @@ def test_a_file_and_a_mapping_say_the_same(tmp_path):
         ("groups=0", "granularity 0"),
         ("groups=", "axis 'groups' has no values"),
         ("symmetric=maybe", "symmetric 'maybe'"),
-        ("fromats=int4", "unknown axis 'fromats'; axes are formats, groups"),
+        ("fromats=int4", "unknown axis 'fromats'; axes are formats, bits, groups"),
+        ("formats=int,e2m3 bits=4", "e2m3 has one width"),
+        ("formats=int", "format 'int' is unknown"),
+        ("bits=9", "format 'int9' is unknown"),
         ("formats=int4 nf4", "'nf4' is not axis=value"),
         ("absent.yaml", "neither axis=value,... nor a YAML file"),
         ("", "neither axis=value,... nor a YAML file"),

@@ -144,11 +144,12 @@ float dot(const void *row, int type, int64_t first, const float *x, int64_t coun
 
 const Kernel *avx2_kernel() {
     static const Kernel kernel = {
-        /* halves */ false,
+        /* input */ Input::kFloats,
         /* supports */
         [](const ql_weight &weight) { return weight.groups == 1 || weight.columns / weight.groups % 8 == 0; },
         /* padded */ [](const ql_weight &weight) { return (weight.columns + 7) / 8 * 8; },
         /* permute */ nullptr,
+        /* quantize */ nullptr,
         /* multiply */
         [](const Job &job, int64_t begin, int64_t end) {
             with_bits(job.weight->bits, [&](auto bits) { multiply<decltype(bits)::value>(job, begin, end); });

@@ -17,19 +17,19 @@ namespace quantlab {
 namespace {
 
 // One block of codes of R outputs times M rows of activations.
-template <int BITS, int M, int R, int STEP = 0>
+template <int BITS, int M, int R>
 QL_INLINE void add_steps(const Codes<BITS> &codes, const __m512i (&block)[R], const uint16_t *x, int64_t stride,
-                      __m512 (&part)[R][M]) {
-    if constexpr (STEP < Codes<BITS>::kSteps) {
+                         __m512 (&part)[R][M]) {
+    unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
         __m512bh weights[R];
-        for (int r = 0; r < R; r++) weights[r] = (__m512bh)codes.template weights<STEP>(block[r]);
-        for (int m = 0; m < M; m++) {
-            const __m512bh activations = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * STEP);
-            for (int r = 0; r < R; r++)
-                part[r][m] = _mm512_dpbf16_ps(STEP ? part[r][m] : zero(), activations, weights[r]);
-        }
-        add_steps<BITS, M, R, STEP + 1>(codes, block, x, stride, part);
-    }
+        unrolled<R>([&](auto r) QL_INLINED { weights[r] = (__m512bh)codes.weights(block[r], step); });
+        unrolled<M>([&](auto m) QL_INLINED {
+            const __m512bh activations = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * step);
+            unrolled<R>([&](auto r) QL_INLINED {
+                part[r][m] = _mm512_dpbf16_ps(step ? part[r][m] : zero(), activations, weights[r]);
+            });
+        });
+    });
 }
 
 // R neighbouring outputs, and all that their product needs, by value: what is known to be the function's own stays in
@@ -54,19 +54,19 @@ QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, _
     using C = Codes<BITS>;
     __m512i loaded[R];
     __m512 part[R][M];
-    for (int r = 0; r < R; r++) {
+    unrolled<R>([&](auto r) QL_INLINED {
         const uint8_t *at = tile.rows + r * tile.row_bytes + block * C::kBytes;
         loaded[r] = tile.codes.prepare(WHOLE ? C::load(at) : C::load(at, bytes));
-    }
+    });
     add_steps<BITS, M, R>(tile.codes, loaded, tile.x + block * C::kBlock, tile.x_stride, part);
-    for (int r = 0; r < R; r++) {
+    unrolled<R>([&](auto r) QL_INLINED {
         const __m512 scale = scale_of<SPREAD>(tile.scaling, tile.scales + r * tile.scale_stride, block);
-        for (int m = 0; m < M; m++) total[r][m] = _mm512_fmadd_ps(part[r][m], scale, total[r][m]);
-    }
+        unrolled<M>([&](auto m) QL_INLINED { total[r][m] = _mm512_fmadd_ps(part[r][m], scale, total[r][m]); });
+    });
 }
 
-// With one row of activations several blocks are under way at a time, with sums of their own, so that they do not wait for
-// each other; with more rows it is several outputs, so that activations are read less often.
+// Several outputs at a time, so that activations are read less often, and sums do not wait for each other. An output by itself
+// has several blocks under way, with sums of their own.
 template <int BITS, int M, int R, Spread SPREAD>
 void multiply_tile(const Tile<BITS> &given) {
     using C = Codes<BITS>;
@@ -74,24 +74,26 @@ void multiply_tile(const Tile<BITS> &given) {
     const Tile<BITS> tile = given;
     const int64_t whole = tile.row_bytes / C::kBytes, rest = tile.row_bytes % C::kBytes;
     __m512 total[kUnroll][R][M];
-    for (int u = 0; u < kUnroll; u++)
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) total[u][r][m] = zero();
+    unrolled<kUnroll * R * M>([&](auto i) QL_INLINED { total[i / (R * M)][i / M % R][i % M] = zero(); });
     int64_t block = 0;
     for (; block + kUnroll <= whole; block += kUnroll) {
-        // The next tile, in the order in which it lies in memory. A single row is a stream that the processor follows.
-        for (int r = 0; R > 1 && r < R; r++)
-            _mm_prefetch(reinterpret_cast<const char *>(tile.rows) + R * tile.row_bytes + (block * R + r) * C::kBytes,
-                         _MM_HINT_T0);
-        for (int u = 0; u < kUnroll; u++) add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
+        // Further tiles, in the order in which they lie in memory: rows of a tile are too short for the processor to follow.
+        if constexpr (R > 1)
+            unrolled<R * kUnroll>([&](auto i) QL_INLINED {
+                const char *codes = reinterpret_cast<const char *>(tile.rows);
+                _mm_prefetch(codes + kAhead + (block * R + i) * C::kBytes, _MM_HINT_T1);
+            });
+        unrolled<kUnroll>([&](auto u) QL_INLINED {
+            add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
+        });
     }
     for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
     if (rest) add_block<BITS, M, R, SPREAD, false>(tile, whole, rest, total[0]);
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) {
-            for (int u = 1; u < kUnroll; u++) total[0][r][m] = _mm512_add_ps(total[0][r][m], total[u][r][m]);
-            tile.y[m * tile.y_stride + r] = _mm512_reduce_add_ps(total[0][r][m]);
-        }
+    unrolled<R * M>([&](auto i) QL_INLINED {
+        const int r = i / M, m = i % M;
+        unrolled<kUnroll - 1>([&](auto u) QL_INLINED { total[0][r][m] = _mm512_add_ps(total[0][r][m], total[u + 1][r][m]); });
+        tile.y[m * tile.y_stride + r] = _mm512_reduce_add_ps(total[0][r][m]);
+    });
 }
 
 template <int BITS, int M, int R>
@@ -106,7 +108,7 @@ void multiply_tile(const Tile<BITS> &tile) {
 template <int BITS, int M, int R>
 void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int64_t end) {
     const ql_weight &weight = *job.weight;
-    const ScalingOf<BITS> scaling(weight);
+    const ScalingOf<Codes<BITS>> scaling(weight);
     const int64_t stride = weight.groups + 32;
     Buffer<float> scales(R * stride), zeros(stride);
     for (int64_t output = begin; output < end;) {
@@ -143,8 +145,8 @@ struct Values {
     uint16_t data[256] = {};
 };
 
-// Bytes. Rows this short begin and end so often that several are read at once; longer ones are faster as one stream.
-constexpr int64_t kShortRow = 1024;
+// Rows that are pages long share their places in the first-level cache: one at a time, as a stream that the processor follows.
+constexpr int64_t kPage = 4096;
 
 template <int BITS>
 void multiply(const Job &job, int64_t begin, int64_t end) {
@@ -159,7 +161,7 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
             case 1:
-                if (job.row_bytes > kShortRow) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
+                if (job.row_bytes % kPage == 0) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
                 else multiply_rows<BITS, 1, 4>(part, codes, begin, end);
                 break;
             case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
@@ -173,17 +175,16 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
 // ----------------------------------------------------------------------------------------------------------- decoding
 
 // A lane's two weights share its scale: the even ones are the lower halves of 32 bits, the odd ones the upper halves.
-template <int BITS, int STEP = 0>
+template <int BITS>
 QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, __m512i together,
                            uint16_t *out) {
-    if constexpr (STEP < Codes<BITS>::kSteps) {
-        const __m512i words = codes.template weights<STEP>(block);
+    unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
+        const __m512i words = codes.weights(block, step);
         const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
         const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
         const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(odd, scale, shift), _mm512_fmadd_ps(even, scale, shift));
-        _mm512_storeu_si512(out + 32 * STEP, _mm512_permutexvar_epi16(together, (__m512i)apart));
-        store_steps<BITS, STEP + 1>(codes, block, scale, shift, together, out);
-    }
+        _mm512_storeu_si512(out + 32 * step, _mm512_permutexvar_epi16(together, (__m512i)apart));
+    });
 }
 
 // What brings 16 even and 16 odd weights into their places.
@@ -198,10 +199,10 @@ void decode(const ql_weight &weight, uint16_t *out, int64_t begin, int64_t end) 
     using C = Codes<BITS>;
     const Values values(weight);
     const Codes<BITS> codes(values.data);
-    const ScalingOf<BITS> scaling(weight);
+    const ScalingOf<Codes<BITS>> scaling(weight);
     const __m512i together = even_odd();
     Buffer<float> scales(weight.groups + 32), zeros(weight.groups + 32);
-    const int64_t row_bytes = (weight.columns * BITS + 7) / 8, blocks = padded<BITS>(weight) / C::kBlock;
+    const int64_t row_bytes = (weight.columns * BITS + 7) / 8, blocks = padded<C>(weight) / C::kBlock;
     for (int64_t output = begin; output < end; output++, out += blocks * C::kBlock) {
         load_row(weight.scales, weight.scale_type, scale_row(weight, output), weight.groups, scales.data);
         if (weight.zeros) load_row(weight.zeros, weight.zero_type, scale_row(weight, output), weight.groups, zeros.data);
@@ -232,25 +233,24 @@ float dot(const void *row, int type, int64_t first, const float *x, int64_t coun
 
 const Kernel *avx512_kernel() {
     static const Kernel kernel = {
-        /* halves */ true,
+        /* input */ Input::kHalves,
         /* supports */
         [](const ql_weight &weight) {
-            bool fits = weight.groups == 1;
-            with_bits(weight.bits, [&](auto bits) {
-                fits = fits || weight.columns / weight.groups % Codes<decltype(bits)::value>::kGrain == 0;
-            });
+            bool fits = false;
+            with_bits(weight.bits, [&](auto bits) { fits = groups_fit<Codes<decltype(bits)::value>>(weight); });
             return fits;
         },
         /* padded */
         [](const ql_weight &weight) {
             int64_t width = 0;
-            with_bits(weight.bits, [&](auto bits) { width = padded<decltype(bits)::value>(weight); });
+            with_bits(weight.bits, [&](auto bits) { width = padded<Codes<decltype(bits)::value>>(weight); });
             return width;
         },
         /* permute */
         [](const ql_weight &weight, const uint16_t *x, uint16_t *out) {
             with_bits(weight.bits, [&](auto bits) { permute<decltype(bits)::value>(weight, x, out); });
         },
+        /* quantize */ nullptr,
         /* multiply */
         [](const Job &job, int64_t begin, int64_t end) {
             with_bits(job.weight->bits, [&](auto bits) { multiply<decltype(bits)::value>(job, begin, end); });

@@ -13,114 +13,130 @@ QL_AVX512_BEGIN
 namespace quantlab {
 namespace {
 
-// How codes of BITS are taken apart: kBlock codes a load, in kSteps vectors of 32 weights; float32 lane m of a product
-// belongs to the codes from `first(m)` to `first(m) + kGrain - 1` of the block, and `permute` brings a
-// block of activations into the same order.
-template <int BITS, bool SHIFTS = (BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8)>
-struct Codes;
+// Calls function(0) to function(N - 1), each with a constant: arrays that nothing else is an index of stay in registers, which a
+// loop would not promise. It is a loop where nothing is optimized: compiling would take minutes.
+template <int N, int I = 0, typename Function>
+QL_INLINE void unrolled(const Function &function) {
+#ifdef __OPTIMIZE__
+    if constexpr (I < N) {
+        function(std::integral_constant<int, I>());
+        unrolled<N, I + 1>(function);
+    }
+#else
+    for (int i = 0; i < N; i++) function(i);
+#endif
+}
 
-template <int BITS>
-struct Codes<BITS, true> {
-    static constexpr int kSteps = 16 / BITS, kBlock = 32 * kSteps, kGrain = 2 * kSteps, kBytes = 64;
+// How codes of BITS are taken apart: kBlock codes a load, in kSteps vectors of 32 weights. A 16-bit lane holds kSteps
+// neighbouring codes of the block, one for each step, and `permute` brings a block of activations into the same order; so
+// float32 lane m of a product belongs to the kGrain codes from `first(m)` on.
+//
+// An index may lie anywhere in the bits that a look-up reads: the table is repeated for what is below and above it, a
+// register for each place, which saves a shift.
+template <int BITS, int STEPS>
+struct Order {
+    static constexpr int kSteps = STEPS, kBlock = 32 * kSteps, kGrain = 2 * kSteps, kBytes = kBlock * BITS / 8;
     static int first(int lane) { return lane * kGrain; }
     static void permute(const uint16_t *x, uint16_t *out) {
         for (int step = 0; step < kSteps; step++)
             for (int lane = 0; lane < 32; lane++) out[32 * step + lane] = x[lane * kSteps + step];
     }
-
-    __m512i table[BITS == 8 ? 8 : 1];
-
-    explicit Codes(const uint16_t *values) {
-        uint16_t repeated[BITS == 8 ? 256 : 32];
-        constexpr int kSize = sizeof repeated / sizeof *repeated;
-        for (int i = 0; i < kSize; i++) repeated[i] = values[i & ((1 << BITS) - 1)];
-        for (int i = 0; i < kSize / 32; i++) table[i] = _mm512_loadu_si512(repeated + 32 * i);
+    static __m512i load(const uint8_t *codes) {
+        if constexpr (kBytes == 64) return _mm512_loadu_si512(codes);
+        return _mm512_maskz_loadu_epi8(~0ull >> (64 - kBytes), codes);
     }
-
-    static __m512i load(const uint8_t *codes) { return _mm512_loadu_si512(codes); }
     static __m512i load(const uint8_t *codes, int64_t bytes) {
         return _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, unsigned(bytes)), codes);
-    }
-    static __m512i prepare(__m512i block) { return block; }
-
-    template <int STEP>
-    __m512i weights(__m512i block) const {
-        __m512i index = STEP == 0 ? block : _mm512_srli_epi16(block, STEP * BITS);
-        if constexpr (BITS < 8) {
-            return _mm512_permutexvar_epi16(index, table[0]);
-        } else {
-            __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-            __mmask32 odd = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-            __m512i low = _mm512_mask_blend_epi16(odd, _mm512_permutex2var_epi16(table[0], index, table[1]),
-                                                  _mm512_permutex2var_epi16(table[2], index, table[3]));
-            __m512i high = _mm512_mask_blend_epi16(odd, _mm512_permutex2var_epi16(table[4], index, table[5]),
-                                                   _mm512_permutex2var_epi16(table[6], index, table[7]));
-            return _mm512_mask_blend_epi16(upper, low, high);
-        }
     }
 };
 
+// The values of codes that lie `at` bits up in an index of as many bits as `size` entries need.
 template <int BITS>
-struct Codes<BITS, false> {
-    static constexpr int kSteps = 2, kBlock = 64, kGrain = 16, kBytes = 8 * BITS;
-    static int first(int lane) { return lane / 4 * kGrain; }
-    // vpunpck works in quarters of 16 bytes: the first step has the lower 8 codes of each, the second the upper 8.
-    static void permute(const uint16_t *x, uint16_t *out) {
-        for (int step = 0; step < kSteps; step++)
-            for (int quarter = 0; quarter < 4; quarter++)
-                memcpy(out + 32 * step + 8 * quarter, x + 16 * quarter + 8 * step, 8 * sizeof *x);
-    }
+QL_INLINE void repeat(const uint16_t *values, int at, int size, __m512i *table) {
+    uint16_t repeated[256];
+    for (int i = 0; i < size; i++) repeated[i] = values[i >> at & ((1 << BITS) - 1)];
+    for (int i = 0; i < size / 32; i++) table[i] = _mm512_loadu_si512(repeated + 32 * i);
+}
 
-    __m512i gather, shifts;
-    __m512i table[BITS == 7 ? 4 : 2];  // the low and the high bytes of 64 values; 7 bits: 128 values
+// One of 128 or of 256 values, by the lowest 7 or 8 bits.
+QL_INLINE __m512i look_up_128(const __m512i *table, __m512i index) {
+    const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+    return _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(table[0], index, table[1]),
+                                   _mm512_permutex2var_epi16(table[2], index, table[3]));
+}
+
+QL_INLINE __m512i look_up_256(const __m512i *table, __m512i index) {
+    const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+    return _mm512_mask_blend_epi16(upper, look_up_128(table, index), look_up_128(table + 4, index));
+}
+
+// Codes that fill 16 bits: a load is a block as it is.
+template <int BITS, bool FILLS = (BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8)>
+struct Codes : Order<BITS, 16 / BITS> {
+    static constexpr int kPlaces = BITS == 8 ? 1 : 5 / BITS;  // of a code in the five bits that vpermw reads
+    __m512i table[BITS == 8 ? 8 : kPlaces];
 
     explicit Codes(const uint16_t *values) {
+        for (int place = 0; place < kPlaces; place++) repeat<BITS>(values, place * BITS, BITS == 8 ? 256 : 32, table + place);
+    }
+
+    static __m512i prepare(__m512i block) { return block; }
+
+    QL_INLINE __m512i weights(__m512i block, int step) const {
+        const int shift = step / kPlaces * kPlaces * BITS;
+        const __m512i index = shift ? _mm512_srli_epi16(block, unsigned(shift)) : block;
+        if constexpr (BITS == 8) return look_up_256(table, index);
+        return _mm512_permutexvar_epi16(index, table[step % kPlaces]);
+    }
+};
+
+// Others are spread first: a byte gets one code, or two of three bits, with whatever follows them above.
+template <int BITS>
+struct Codes<BITS, false> : Order<BITS, BITS == 3 ? 4 : 2> {
+    static constexpr int kPlaces = BITS == 3 ? 2 : 1;
+    static constexpr int kTable = BITS == 7 ? 4 : BITS == 5 ? 1 : 2;
+    __m512i gather, shifts;
+    __m512i table[kPlaces * kTable];
+
+    explicit Codes(const uint16_t *values) {
+        constexpr int kByte = BITS * kPlaces;
         uint8_t from[64], by[64];
         for (int i = 0; i < 64; i++) {
-            from[i] = uint8_t(i / 8 * BITS + i % 8);  // eight codes take BITS bytes
-            by[i] = uint8_t(i % 8 * BITS);
+            from[i] = uint8_t(i / 8 * kByte + i % 8);  // what goes to eight bytes is that many bytes long
+            by[i] = uint8_t(i % 8 * kByte);
         }
         gather = _mm512_loadu_si512(from);
         shifts = _mm512_loadu_si512(by);
-        if constexpr (BITS == 7) {
-            for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(values + 32 * i);
-        } else {
-            uint8_t low[64], high[64];
-            for (int i = 0; i < 64; i++) {
-                low[i] = uint8_t(values[i & ((1 << BITS) - 1)]);
-                high[i] = uint8_t(values[i & ((1 << BITS) - 1)] >> 8);
-            }
-            table[0] = _mm512_loadu_si512(low);
-            table[1] = _mm512_loadu_si512(high);
-        }
+        for (int place = 0; place < kPlaces; place++)
+            repeat<BITS>(values, place * BITS, 32 * kTable, table + place * kTable);
     }
 
-    static __m512i load(const uint8_t *codes) { return _mm512_maskz_loadu_epi8(~0ull >> (64 - kBytes), codes); }
-    static __m512i load(const uint8_t *codes, int64_t bytes) {
-        return _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, unsigned(bytes)), codes);
-    }
     __m512i prepare(__m512i block) const {
         return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(gather, block));
     }
 
-    template <int STEP>
-    __m512i weights(__m512i block) const {
-        if constexpr (BITS == 7) {
-            __m512i index = STEP == 0 ? _mm512_unpacklo_epi8(block, block) : _mm512_unpackhi_epi8(block, block);
-            __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-            return _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(table[0], index, table[1]),
-                                           _mm512_permutex2var_epi16(table[2], index, table[3]));
-        } else {
-            __m512i low = _mm512_permutexvar_epi8(block, table[0]), high = _mm512_permutexvar_epi8(block, table[1]);
-            return STEP == 0 ? _mm512_unpacklo_epi8(low, high) : _mm512_unpackhi_epi8(low, high);
-        }
+    QL_INLINE __m512i weights(__m512i block, int step) const {
+        const __m512i index = step / kPlaces ? _mm512_srli_epi16(block, 8) : block;
+        const __m512i *values = table + step % kPlaces * kTable;
+        if constexpr (BITS == 5) return _mm512_permutexvar_epi16(index, values[0]);
+        if constexpr (BITS == 7) return look_up_128(values, index);
+        return _mm512_permutex2var_epi16(values[0], index, values[1]);
     }
 };
 
-template <int BITS>
+// How far ahead codes are fetched, in bytes: into the second-level cache, where there is room for them.
+constexpr int64_t kAhead = 16 << 10;
+
+// Whether no float32 lane of C's products belongs to two groups.
+template <typename C>
+bool groups_fit(const ql_weight &weight) {
+    return weight.groups == 1 || weight.columns / weight.groups % C::kGrain == 0;
+}
+
+// Columns, in whole blocks of C.
+template <typename C>
 int64_t padded(const ql_weight &weight) {
-    constexpr int kBlock = Codes<BITS>::kBlock;
-    return (weight.columns + kBlock - 1) / kBlock * kBlock;
+    return (weight.columns + C::kBlock - 1) / C::kBlock * C::kBlock;
 }
 
 // Activations in the order of the codes.

@@ -69,11 +69,10 @@ QL_INLINE __m512 scale_of(const Scaling &scaling, const float *scales, int64_t b
 }
 
 // Finds the scales of a block's lanes: once a product, for all outputs.
-template <int BITS>
+template <typename C>
 struct ScalingOf : Scaling {
-    explicit ScalingOf(const ql_weight &weight) : Scaling{}, map(16 * padded<BITS>(weight) / Codes<BITS>::kBlock) {
-        using C = Codes<BITS>;
-        const int64_t group = weight.columns / weight.groups, blocks = padded<BITS>(weight) / C::kBlock;
+    explicit ScalingOf(const ql_weight &weight) : Scaling{}, map(16 * padded<C>(weight) / C::kBlock) {
+        const int64_t group = weight.columns / weight.groups, blocks = padded<C>(weight) / C::kBlock;
         group_of = map.data;
         spread = weight.groups == 1 || group % C::kBlock == 0 ? Spread::kBlock
                  : C::kBlock % group == 0                     ? Spread::kRepeated

@@ -19,17 +19,24 @@ struct Job {
     int64_t row_bytes;      // of packed codes
     const void *x;          // [rows, x_stride], in the order and type of the instruction set
     int64_t x_stride;
-    const float *sums;      // [rows, groups]: of each group's activations; null without zeros
+    const float *x_scales;  // [rows, x_scale_stride], of activations that are bytes: 16 for each block
+    int64_t x_scale_stride;
+    const float *sums;      // [rows, groups]: of each group's activations; null without zeros, unless they are bytes
     float *y;               // [rows, outputs]
 };
 
-// One instruction set. Where `halves`, activations are bfloat16 in an order of its own, and the table is too; else they are
-// float32 as they stand, padded to `padded` columns.
+// What activations are when they are multiplied: float32 as they stand, or, in an order of the kernel's own, bfloat16 (the
+// table is, too) or integers of 8 bits with scales. All are padded to `padded` columns.
+enum class Input { kFloats, kHalves, kBytes };
+
+// One instruction set.
 struct Kernel {
-    bool halves;
+    Input input;
     bool (*supports)(const ql_weight &weight);
     int64_t (*padded)(const ql_weight &weight);
     void (*permute)(const ql_weight &weight, const uint16_t *x, uint16_t *out);
+    // A row as bytes, 16 scales a block, and each group's sum of what the bytes stand for.
+    void (*quantize)(const ql_weight &weight, const float *x, int8_t *out, float *scales, float *sums);
     void (*multiply)(const Job &job, int64_t begin, int64_t end);
     void (*decode)(const ql_weight &weight, void *out, int type, int64_t begin, int64_t end);
     float (*dot)(const void *row, int type, int64_t first, const float *x, int64_t count);
@@ -39,6 +46,7 @@ struct Kernel {
 const Kernel *scalar_kernel();
 const Kernel *avx2_kernel();
 const Kernel *avx512_kernel();
+const Kernel *avx512_int8_kernel();
 
 namespace {
 

@@ -57,6 +57,7 @@ void divide(int64_t count, int threads, int64_t work, const Function &function) 
 
 const Kernel *kernel_of(int isa) {
     switch (isa) {
+        case QL_AVX512_INT8: return avx512_int8_kernel();
         case QL_AVX512: return avx512_kernel();
         case QL_AVX2: return avx2_kernel();
         default: return scalar_kernel();
@@ -86,46 +87,76 @@ struct Padded : ql_weight {
 // Activations as a kernel wants them. With bfloat16 kernels a row becomes as many rows as it takes to hold it.
 struct Activations {
     Activations(const Kernel &kernel, const ql_weight &weight, const void *x, int64_t rows, int type)
-        : stride(kernel.padded(weight)),
-          pieces(kernel.halves ? pieces_of(type) : 1),
-          halves(kernel.halves ? rows * pieces * stride : 0),
-          floats(kernel.halves ? 0 : rows * stride),
-          plain(pieces > 1 || weight.zeros ? weight.columns : 0),
-          sums(weight.zeros ? rows * pieces * weight.groups : 0) {
-        Buffer<uint16_t> piece(pieces > 1 ? weight.columns : 0);
+        : kernel(kernel),
+          weight(weight),
+          stride(kernel.padded(weight)),
+          scale_stride(kernel.input == Input::kBytes ? stride / 4 : 0),  // no block is shorter than 64
+          pieces(kernel.input == Input::kHalves ? pieces_of(type) : 1),
+          bytes(kernel.input == Input::kBytes ? rows * stride : 0),
+          scales(rows * scale_stride),
+          halves(kernel.input == Input::kHalves ? rows * pieces * stride : 0),
+          floats(kernel.input == Input::kFloats ? rows * stride : 0),
+          plain(kernel.input == Input::kBytes || pieces > 1 || weight.zeros ? weight.columns : 0),
+          sums(kernel.input == Input::kBytes || weight.zeros ? rows * pieces * weight.groups : 0) {
+        if (!complete()) return;
         for (int64_t m = 0; m < rows; m++) {
-            if (type == QL_BFLOAT16 && kernel.halves) {
-                const uint16_t *row = static_cast<const uint16_t *>(x) + m * weight.columns;
-                kernel.permute(weight, row, halves.data + m * stride);
-            } else if (kernel.halves) {
-                load_floats(x, type, m * weight.columns, weight.columns, plain.data);
-                for (int p = 0; p < pieces; p++) {
-                    for (int64_t k = 0; k < weight.columns; k++) {
-                        piece[k] = to_bfloat16(plain[k]);
-                        plain[k] -= from_bfloat16(piece[k]);
-                    }
-                    kernel.permute(weight, piece.data, halves.data + (m * pieces + p) * stride);
-                }
-            } else {
-                load_floats(x, type, m * weight.columns, weight.columns, floats.data + m * stride);
+            switch (kernel.input) {
+                case Input::kFloats:
+                    load_floats(x, type, m * weight.columns, weight.columns, floats.data + m * stride);
+                    break;
+                case Input::kHalves: split(x, type, m); break;
+                case Input::kBytes:
+                    load_floats(x, type, m * weight.columns, weight.columns, plain.data);
+                    kernel.quantize(weight, plain.data, bytes.data + m * stride, scales.data + m * scale_stride,
+                                    sums.data + m * weight.groups);
+                    continue;
             }
             // The sums are whole in a row's first piece; those of the others stay 0.
-            if (weight.zeros) sum_groups(weight, x, type, m, sums.data + m * pieces * weight.groups);
+            if (weight.zeros) sum_groups(x, type, m, sums.data + m * pieces * weight.groups);
         }
     }
 
-    void sum_groups(const ql_weight &weight, const void *x, int type, int64_t row, float *out) {
+    // One row as bfloat16 numbers that add up to it.
+    void split(const void *x, int type, int64_t row) {
+        if (type == QL_BFLOAT16) {
+            kernel.permute(weight, static_cast<const uint16_t *>(x) + row * weight.columns, halves.data + row * stride);
+            return;
+        }
+        Buffer<uint16_t> piece(weight.columns);
+        load_floats(x, type, row * weight.columns, weight.columns, plain.data);
+        for (int p = 0; p < pieces; p++) {
+            for (int64_t k = 0; k < weight.columns; k++) {
+                piece[k] = to_bfloat16(plain[k]);
+                plain[k] -= from_bfloat16(piece[k]);
+            }
+            kernel.permute(weight, piece.data, halves.data + (row * pieces + p) * stride);
+        }
+    }
+
+    void sum_groups(const void *x, int type, int64_t row, float *out) {
         const int64_t group = weight.columns / weight.groups;
         load_floats(x, type, row * weight.columns, weight.columns, plain.data);
         for (int64_t g = 0; g < weight.groups; g++)
             for (int64_t i = 0; i < group; i++) out[g] += plain[g * group + i];
     }
 
-    bool complete() const { return halves.block && floats.block && plain.block && sums.block; }
-    const void *data() const { return halves.count ? static_cast<const void *>(halves.data) : floats.data; }
+    bool complete() const {
+        return bytes.block && scales.block && halves.block && floats.block && plain.block && sums.block;
+    }
+    const void *data() const {
+        switch (kernel.input) {
+            case Input::kFloats: return floats.data;
+            case Input::kHalves: return halves.data;
+            default: return bytes.data;
+        }
+    }
 
-    int64_t stride;
+    const Kernel &kernel;
+    const ql_weight &weight;
+    int64_t stride, scale_stride;
     int pieces;
+    Buffer<int8_t> bytes;
+    Buffer<float> scales;
     Buffer<uint16_t> halves;
     Buffer<float> floats, plain, sums;
 };
@@ -143,29 +174,35 @@ void project(const Kernel &kernel, const ql_weight &weight, const void *x, int64
     });
 }
 
-}  // namespace
-
-extern "C" {
-
-int ql_best_isa(void) {
+int best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
-        return QL_AVX512;
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512bf16"))
+        return QL_AVX512_INT8;
     if (avx2) return QL_AVX2;
 #endif
     return QL_SCALAR;
 }
 
+}  // namespace
+
+extern "C" {
+
+int ql_best_isa(void) {
+    const int best = best_isa();
+    return best < QL_AVX512 ? best : QL_AVX512;
+}
+
 int ql_choose(const ql_weight *weight, int activation_type, int at_most) {
-    static const int best = ql_best_isa();
+    static const int best = best_isa();
     for (int isa = at_most < best ? at_most : best; isa > QL_SCALAR; isa--) {
         const Kernel &kernel = *kernel_of(isa);
         if (kernel.supports(*weight) &&
-            (!kernel.halves || activation_type == QL_BFLOAT16 || exact_in_bfloat16(*weight)))
+            (kernel.input != Input::kHalves || activation_type == QL_BFLOAT16 || exact_in_bfloat16(*weight)))
             return isa;
     }
     return QL_SCALAR;
@@ -174,7 +211,7 @@ int ql_choose(const ql_weight *weight, int activation_type, int at_most) {
 // AVX2 pads its own copy of activations only.
 int64_t ql_padded(const ql_weight *weight, int isa) {
     const Kernel &kernel = *kernel_of(isa);
-    return kernel.halves ? kernel.padded(*weight) : weight->columns;
+    return kernel.input == Input::kHalves ? kernel.padded(*weight) : weight->columns;
 }
 
 int ql_linear(const ql_weight *of, const void *x, void *y, int64_t rows, int type, int isa, int threads) {
@@ -191,6 +228,8 @@ int ql_linear(const ql_weight *of, const void *x, void *y, int64_t rows, int typ
                      (weight.columns * weight.bits + 7) / 8,
                      activations.data(),
                      activations.stride,
+                     activations.scales.data,
+                     activations.scale_stride,
                      activations.sums.data,
                      sums.data};
     divide(weight.outputs, threads, rows * weight.outputs * weight.columns, [&](int64_t begin, int64_t end) {

@@ -11,7 +11,9 @@ extern "C" {
 #endif
 
 typedef enum { QL_FLOAT32, QL_FLOAT16, QL_BFLOAT16, QL_INT8, QL_E8M0 } ql_type;
-typedef enum { QL_SCALAR, QL_AVX2, QL_AVX512 } ql_isa;
+// QL_AVX512_INT8 rounds activations to 8 bits, for tables of consecutive integers: faster, and less exact. It has to be asked
+// for; all others round results only.
+typedef enum { QL_SCALAR, QL_AVX2, QL_AVX512, QL_AVX512_INT8 } ql_isa;
 
 // y = x W^T + (x right^T) left^T + bias, with W[n, k] = (table[code[n, k]] - zero[n, g]) * scale[n, g].
 // Codes are dense little-endian bit streams, a row at a time; a group g is `columns / groups` neighbouring inputs.
@@ -28,7 +30,7 @@ typedef struct {
     int32_t scale_type, zero_type, bias_type, left_type, right_type;
 } ql_weight;
 
-// The best instruction set that this machine has and that was compiled.
+// The best instruction set that this machine has and that was compiled, QL_AVX512_INT8 aside.
 int ql_best_isa(void);
 
 // The best one, `at_most` that, for this weight and activations of this type. QL_SCALAR takes everything.
@@ -38,7 +40,7 @@ int ql_choose(const ql_weight *weight, int activation_type, int at_most);
 // `threads`. Returns 0, or 1 where memory ran out.
 int ql_linear(const ql_weight *weight, const void *x, void *y, int64_t rows, int activation_type, int isa, int threads);
 
-// Weights of the outputs begin..end, and activations, in an order that they share: [end - begin, ql_padded] and [rows,
+// Not for QL_AVX512_INT8: weights of the outputs begin..end, and activations, in an order that they share: [end - begin, ql_padded] and [rows,
 // ql_padded]. With AVX-512 everything is bfloat16 and columns are padded; else weights are of `type`, in their own order.
 int64_t ql_padded(const ql_weight *weight, int isa);
 int ql_decode(const ql_weight *weight, void *out, int64_t begin, int64_t end, int type, int isa, int threads);

@@ -55,10 +55,11 @@ void decode(const ql_weight &weight, void *out, int type, int64_t begin, int64_t
 
 const Kernel *scalar_kernel() {
     static const Kernel kernel = {
-        /* halves */ false,
+        /* input */ Input::kFloats,
         /* supports */ [](const ql_weight &) { return true; },
         /* padded */ [](const ql_weight &weight) { return weight.columns; },
         /* permute */ nullptr,
+        /* quantize */ nullptr,
         multiply,
         decode,
         dot,

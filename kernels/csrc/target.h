@@ -6,6 +6,7 @@
 #define QL_X86 1
 #define QL_PRAGMA(text) _Pragma(#text)
 #define QL_INLINE inline __attribute__((always_inline))
+#define QL_INLINED __attribute__((always_inline))  // of a lambda
 #if defined(__clang__)
 #define QL_TARGET_BEGIN(features) \
     QL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
@@ -15,7 +16,7 @@
 #define QL_TARGET_END QL_PRAGMA(GCC pop_options)
 #endif
 #define QL_AVX512_BEGIN \
-    QL_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,bmi2,fma,f16c")
+    QL_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,bmi2,fma,f16c")
 #else
 #define QL_X86 0
 #endif

@@ -16,7 +16,8 @@ from quantlab_kernels import gpu, native, reference
 # into cache and to multiply that as usual (docs/kernels.md has the measurement).
 FEW_ROWS = 32
 _PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
-_CPU = tuple(f"cpu-{isa}" for isa in native.ISAS)
+_BEST = f"cpu-{native.ISAS[-1]}"
+_CPU = tuple(f"cpu-{isa}" for isa in (*native.ISAS, native.INT8))
 KERNELS = ("reference", *_CPU, "gpu")
 
 
@@ -56,6 +57,8 @@ def forced() -> str | None:
 def force(name: str | None) -> Iterator[None]:
     """While this context is open, run no better kernel than ``name``: what it cannot run goes to the next below it.
 
+    ``cpu-avx512-int8`` rounds activations to 8 bits and is not chosen otherwise; docs/kernels.md says how exact it is.
+
     Raises:
         ValueError: there is none of this name.
     """
@@ -76,7 +79,7 @@ def configure() -> None:
 
 
 def _at_most() -> str:
-    return (_forced if _forced in _CPU else _CPU[-1]).removeprefix("cpu-")
+    return (_forced if _forced in _CPU else _BEST).removeprefix("cpu-")
 
 
 @cache
@@ -119,9 +122,10 @@ def _chosen(
         return Choice("reference", why="the CPU kernels were not compiled"), None
     if x.dtype not in native.ACTIVATIONS or scales.dtype not in native.SCALES:
         return Choice("reference", why=f"{x.dtype} activations, {scales.dtype} scales"), None
-    weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], bias, low_rank, _at_most())
-    rows = x.numel() // x.shape[-1]
-    return Choice(f"cpu-{weight.isa(x.dtype)}", rows > FEW_ROWS), weight
+    panels = x.numel() // x.shape[-1] > FEW_ROWS
+    at_most = native.ISAS[-1] if panels and _at_most() == native.INT8 else _at_most()
+    weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], bias, low_rank, at_most)
+    return Choice(f"cpu-{weight.isa(x.dtype)}", panels), weight
 
 
 def linear(

@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512")  # from the slowest on; all of them round results only
+INT8 = "avx512-int8"  # rounds activations to 8 bits, too: only where it is asked for
+_NUMBERED = (*ISAS, INT8)
 _TYPES = {
     torch.float32: 0,
     torch.float16: 1,
@@ -74,7 +76,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def best_isa() -> str | None:
-    """The best instruction set of this machine that there are kernels for, or None without compiled kernels."""
+    """The best of :data:`ISAS` that this machine has, or None without compiled kernels."""
     found = library()
     return None if found is None else ISAS[found.ql_best_isa()]
 
@@ -83,7 +85,7 @@ class Weight:
     """One quantized weight as the compiled kernels see it: its tensors, contiguous, the table in float32.
 
     Args:
-        at_most: an instruction set that is not to be exceeded.
+        at_most: an instruction set that is not to be exceeded; :data:`INT8` is above the others.
 
     Raises:
         ValueError: a tensor is not on the CPU, or of a dtype that there is no kernel for.
@@ -105,7 +107,7 @@ class Weight:
         found = library()
         if found is None:
             raise ValueError("the CPU kernels were not compiled")
-        self._library, self._at_most, self.columns = found, ISAS.index(at_most), columns
+        self._library, self._at_most, self.columns = found, _NUMBERED.index(at_most), columns
         given = {"codes": codes, "scales": scales, "zeros": zeros, "table": table.float()}
         given |= {"bias": bias, "left": left, "right": right}
         # Kept, because C knows addresses only.
@@ -133,7 +135,7 @@ class Weight:
 
     def isa(self, dtype: torch.dtype) -> str:
         """The instruction set that runs this weight with activations of ``dtype``."""
-        return ISAS[self._choose(dtype)]
+        return _NUMBERED[self._choose(dtype)]
 
     def _choose(self, dtype: torch.dtype) -> int:
         return self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], self._at_most)
@@ -150,7 +152,8 @@ class Weight:
 
     def _decoder(self, dtype: torch.dtype) -> int:
         """AVX-512 decodes to bfloat16 only."""
-        return min(self._choose(dtype), len(ISAS) - 1 if dtype == torch.bfloat16 else ISAS.index("avx2"))
+        at_most = min(self._at_most, ISAS.index("avx512" if dtype == torch.bfloat16 else "avx2"))
+        return self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], at_most)
 
     def aligned(self, x: torch.Tensor) -> torch.Tensor:
         """``x [rows, columns]`` in the order of :meth:`decode`'s columns."""
@@ -209,7 +212,7 @@ def configure(most_rows: int, at_most: str = ISAS[-1]) -> None:
     if found is None or operator is None:
         return
     address = [ctypes.cast(function, ctypes.c_void_p) for function in (found.ql_choose, found.ql_linear)]
-    operator.ql_configure(*address, ctypes.c_int(ISAS.index(at_most)), ctypes.c_int64(most_rows))
+    operator.ql_configure(*address, ctypes.c_int(_NUMBERED.index(at_most)), ctypes.c_int64(most_rows))
 
 
 @cache

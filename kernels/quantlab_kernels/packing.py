@@ -11,6 +11,8 @@ import torch
 
 # Eight codes of b bits fill exactly b bytes: the unit in which rows are packed and unpacked.
 _UNIT = 8
+# Codes that are packed at once: what lies between two steps stays in the cache.
+_CHUNK = 1 << 18
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -34,16 +36,29 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     _check_width(bits)
     if codes.numel() and (int(codes.max()) >> bits or int(codes.min()) < 0):
         raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit in {bits} bits")
+    codes = codes.to(torch.uint8).contiguous()
     if bits == 8:
-        return codes.to(torch.uint8)
+        return codes
     columns = codes.shape[-1]
-    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -columns % _UNIT))
-    units = padded.unflatten(-1, (-1, _UNIT))
-    words = torch.zeros(units.shape[:-1], dtype=torch.int64, device=codes.device)
-    for k in range(_UNIT):
-        words |= units[..., k].to(torch.int64) << (k * bits)
-    packed = torch.stack([(words >> (8 * j)) & 0xFF for j in range(bits)], dim=-1).to(torch.uint8)
-    return packed.flatten(-2)[..., : packed_width(columns, bits)].contiguous()
+    packed = codes.new_empty(*codes.shape[:-1], packed_width(columns, bits))
+    if not codes.numel():
+        return packed
+    step = max(1, _CHUNK // columns)
+    parts = codes.view(-1, columns).split(step), packed.view(-1, packed.shape[-1]).split(step)
+    for some, out in zip(*parts, strict=True):
+        padded = torch.nn.functional.pad(some, (0, -columns % _UNIT))
+        out.copy_(_pack_units(padded, bits)[:, : out.shape[1]])
+    return packed
+
+
+def _pack_units(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bytes ``[rows, units * bits]`` of whole units of codes: neighbours are pushed together in pairs, three times."""
+    words, width, word = codes, bits, 8
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        words = words.view(dtype)  # two words side by side: the first in the lower half
+        words = (words & ((1 << width) - 1)) | ((words >> word) << width)
+        width, word = 2 * width, 2 * word
+    return words.view(torch.uint8).unflatten(1, (-1, _UNIT))[..., :bits].flatten(1)
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:

@@ -173,9 +173,22 @@ def _config_and_tokenizer(path: Path, reader: gguf.GGUFReader) -> tuple[Any, Any
     for attribute, key in _EXPERT_SIZES.items():
         if hasattr(text, attribute):
             setattr(text, attribute, _field(reader, f"{architecture}.{key}", getattr(text, attribute)))
+    _complete_attention(text, reader, architecture)
+    if _field(reader, "tokenizer.ggml.padding_token_id") is None:  # the class's default is another model's
+        text.pad_token_id = None
     tokenizer.model_max_length = getattr(text, "max_position_embeddings", tokenizer.model_max_length)
     _restore_rope_scaling(path, reader, text, architecture)
     return config, tokenizer
+
+
+def _complete_attention(config: Any, reader: gguf.GGUFReader, architecture: str) -> None:
+    """What transformers' table of keys leaves at its default, and llama.cpp derives from the file."""
+    if hasattr(config, "attention_bias"):  # which no key says: the tensors do
+        config.attention_bias = any(tensor.name.endswith("attn_q.bias") for tensor in reader.tensors)
+    head = _field(reader, f"{architecture}.attention.key_length")
+    for attribute in ("head_dim", "query_pre_attn_scalar"):
+        if head is not None and getattr(config, attribute, None) is not None:
+            setattr(config, attribute, int(head))
 
 
 def _restore_rope_scaling(path: Path, reader: gguf.GGUFReader, config: Any, architecture: str) -> None:

@@ -18,13 +18,16 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         model: what a person calls it.
-        **kwargs: for ``from_pretrained``, for example ``dtype`` or ``device_map``.
+        **kwargs: for ``from_pretrained``, for example ``dtype`` or ``device_map``. Under a device map, what has no room
+            on a device comes when it is called: packed codes are buffers, so ``offload_buffers`` is true.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be loaded.
     """
     plugin.register()
     folder = resolve(model)
+    if "device_map" in kwargs:
+        kwargs = {"offload_buffers": True, **kwargs}
     try:
         config = AutoConfig.from_pretrained(folder)
         named = getattr(transformers, (config.architectures or [""])[0], None)

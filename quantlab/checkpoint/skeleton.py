@@ -26,14 +26,15 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json; expected a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # unknown model types and damaged files come in many kinds
         raise CheckpointError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     for part in (config, config.get_text_config()):
         if quantized := getattr(part, "quantization_config", None):
             method = dict(quantized).get("quant_method", "unknown")
             raise CheckpointError(
-                f"{folder}: is quantized already (quant_method {method}); start from the original model"
+                f"{folder}: is quantized already (quant_method {method}); start from the original model, or round "
+                "what it decodes to a second time: --requantize"
             )
     return config
 

@@ -75,6 +75,9 @@ class ModelSource(ABC):
             CheckpointError: there are no weights for one of them, or they do not fit.
         """
 
+    def expect(self, model: nn.Module, select: Select = "") -> None:  # noqa: B027 - not every source can
+        """Say that these tensors will be loaded soon, so that the system may read them while others are at work."""
+
     def unload(self, model: nn.Module, select: Select = "") -> None:
         """Undo :meth:`load`: see :func:`unload`."""
         unload(model, select)
@@ -156,12 +159,21 @@ class FolderSource(ModelSource):
             for places, origin in parts:
                 assign(places, origin.part_of(whole))
 
+    def expect(self, model: nn.Module, select: Select = "") -> None:
+        """See :meth:`ModelSource.expect`."""
+        plan = self._plan
+        for _, places in selected(model, select):
+            names = (_origin(name, plan.targets, plan.model).tensor for _, _, name in places)
+            target = next((name for name in names if name in plan), None)
+            if target is not None:
+                plan.expect(target)
+
     def fingerprint(self) -> str:
         """See :meth:`ModelSource.fingerprint`; of the files' sizes, times of change and headers."""
         stats = [(file.name, file.stat()) for file in self._files.files]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         stored = [[name, str(t.dtype), list(t.shape)] for name, t in sorted(self._files.stored.items())]
-        return _digest(files, stored, self.config)
+        return digest(files, stored, self.config)
 
     @property
     def _plan(self) -> WeightPlan:
@@ -223,7 +235,7 @@ class ModuleSource(ModelSource):
             flat = tensor.detach().reshape(-1)
             some = flat[:: max(1, len(flat) // 64)].double().cpu().tolist()
             samples.append([name, str(tensor.dtype), list(tensor.shape), some])
-        return _digest(samples, self.config)
+        return digest(samples, self.config)
 
 
 @dataclass(frozen=True)
@@ -277,6 +289,7 @@ def _initialize_absent(model: nn.Module, absent: list[Places], plan: WeightPlan)
             model.initialize_weights()
 
 
-def _digest(*identity: Any) -> str:
+def digest(*identity: Any) -> str:
+    """A short hash of JSON-able values and configs."""
     plain = [json.loads(x.to_json_string()) if isinstance(x, PretrainedConfig) else x for x in identity]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

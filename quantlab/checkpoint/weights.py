@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -57,6 +59,11 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int = 0  # in a safetensors file
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightFiles:
@@ -77,6 +84,7 @@ class WeightFiles:
                 self.stored |= {name: StoredTensor(file, t.dtype, tuple(t.shape)) for name, t in state.items()}
             else:
                 self.stored |= _entries(file)
+        _check_index(folder, self.stored)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, on the CPU, in memory of its own.
@@ -86,7 +94,7 @@ class WeightFiles:
         if name in self._bin:
             return self._bin[name].clone()
         stored = self.stored[name]
-        data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
+        data = torch.empty(stored.bytes, dtype=torch.uint8)
         buffer: Any = data.numpy()
         with open(stored.file, "rb", buffering=0) as stream:
             stream.seek(stored.offset)
@@ -98,6 +106,13 @@ class WeightFiles:
                 done += count
         return data.view(stored.dtype).view(stored.shape)
 
+    def expect(self, name: str) -> None:
+        """Let the system fetch a tensor into its own cache, where it can be told to; that is no memory of ours."""
+        if name not in self._bin and hasattr(os, "posix_fadvise"):
+            stored = self.stored[name]
+            with open(stored.file, "rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), stored.offset, stored.bytes, os.POSIX_FADV_WILLNEED)
+
 
 def _weight_files(folder: Path) -> list[Path]:
     for name in (_SAFETENSORS, _BIN):
@@ -105,16 +120,47 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: not a readable index ({error})") from error
+            shards = sorted(set(_weight_map(index).values()))
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise CheckpointError(f"{folder}: {index.name} names files that are not there: {', '.join(missing)}")
             return [folder / shard for shard in shards]
     raise CheckpointError(
         f"{folder}: has no weights; expected {_SAFETENSORS}, {_SAFETENSORS}.index.json with shards, or {_BIN}"
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file has each tensor, as an index says; only files beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, or names a path that leaves its folder.
+    """
+    try:
+        places = {
+            str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a readable index ({error})") from error
+    for file in set(places.values()):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{index}: names {file!r}, which lies outside of its folder; do not trust this model")
+    return places
+
+
+def _check_index(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse files that an index speaks of otherwise than they are."""
+    for name in (_SAFETENSORS, _BIN):
+        if (folder / name).is_file():
+            return
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            places = _weight_map(index)
+            wrong = [key for key, file in places.items() if key not in stored or stored[key].file != folder / file]
+            if wrong:
+                raise CheckpointError(
+                    f"{index}: says that {places[wrong[0]]} has {wrong[0]}, which it has not; download the model again"
+                )
+            return
 
 
 def _entries(file: Path) -> dict[str, StoredTensor]:
@@ -124,7 +170,13 @@ def _entries(file: Path) -> dict[str, StoredTensor]:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(f"{file}: {name} has the dtype {entry['dtype']}, which is not supported")
-        offset = start + entry["data_offsets"][0]
+        begin, end = entry["data_offsets"]
+        if begin < 0 or end - begin != math.prod(entry["shape"]) * dtype.itemsize or min(entry["shape"], default=0) < 0:
+            raise CheckpointError(
+                f"{file}: {name} is said to be {entry['dtype']} {entry['shape']} in the bytes {begin} to {end}, which "
+                "cannot be; download the file again"
+            )
+        offset = start + begin
         entries[name] = StoredTensor(file, dtype, tuple(entry["shape"]), offset)
     return entries
 
@@ -135,6 +187,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # pickle, zip and torch each have their own
         raise CheckpointError(f"{file}: cannot be read as plain tensors ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: holds a {type(state).__name__}, not tensors by name")
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -190,6 +244,11 @@ class WeightPlan:
             self._check_shape(name, tuple(value.shape))
         return made
 
+    def expect(self, target: str) -> None:
+        """Say that ``target`` will be read soon."""
+        for _, key in self._recipes[target].sources:
+            self.files.expect(key)
+
     def _converted(self, recipe: _Recipe, template: WeightConverter) -> dict[str, torch.Tensor]:
         converter = deepcopy(template)
         for pattern, key in recipe.sources:
@@ -203,6 +262,7 @@ class WeightPlan:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _source(self, key: str, target: str) -> torch.Tensor:
+        self._check_dtype(key, target)
         return self.files.read(key).to(self._dtypes[target])
 
     def _planned(self) -> dict[str, _Recipe]:
@@ -221,6 +281,7 @@ class WeightPlan:
             converter = by_pattern[pattern] if pattern is not None else None
             recipe = recipes.setdefault(target, _Recipe(target, converter))
             recipe.sources.append((pattern or key, key))
+            self._check_dtype(key, target)
             if converter is None:
                 self._check_shape(target, self.files.stored[key].shape)
         for recipe in list(recipes.values()):
@@ -236,6 +297,15 @@ class WeightPlan:
         return [
             target for target, origin in twice if not torch.equal(self.read(target)[target], self.read(origin)[origin])
         ]
+
+    def _check_dtype(self, key: str, target: str) -> None:
+        """Refuse whole numbers, and 8-bit ones that want scales, where the model has floating-point weights."""
+        found, wanted = self.files.stored[key].dtype, self._dtypes.get(target)
+        if wanted is not None and wanted.is_floating_point and (not found.is_floating_point or found.itemsize < 2):
+            raise CheckpointError(
+                f"{key}: is stored as {found}, the model wants {wanted}; the file is damaged, or quantized by a tool "
+                "that left no word of it in config.json"
+            )
 
     def _check_shape(self, target: str, shape: tuple[int, ...]) -> None:
         expected = tuple(self.targets[target].shape) if target in self.targets else shape

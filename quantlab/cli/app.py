@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -16,7 +17,11 @@ from quantlab.cli import (
     evaluate_benchmarks,
     evaluate_code,
     evaluate_generation,
+    export,
+    plan,
     roofline,
+    sweep,
+    verify,
 )
 from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
@@ -46,6 +51,7 @@ def root(
     epilog="Examples:\n\n"
     "  quantlab quantize demo --recipe w4-rtn --out demo-w4\n"
     "  quantlab quantize demo --out demo-w3 --set format=int3 --samples 16\n\n"
+    "  quantlab quantize demo --out demo-w4 --memory 3GB --dry-run\n\n"
     "Interrupted, the same command goes on where it stopped."
 )
 def quantize(
@@ -70,6 +76,19 @@ def quantize(
     seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a model that is quantized already: a second loss.")
+    ] = False,
+    verified: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load the result in a process of its own and check it.")
+    ] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory to stay within, like 2GB: what does not fit waits on the disk."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done and what it takes, and stop.")
+    ] = False,
     threads: Threads = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append a line a layer, with the time, to a file.")
@@ -84,13 +103,37 @@ def quantize(
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers
 
+        follows = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+        quiet, log = quiet or follows, None if follows else log
+        if dry_run:
+            prepare(threads, quiet=quiet)
+            from quantlab.engine.quantize import dry_run as run_dry
+
+            found = run_dry(
+                model, recipe, out, overrides=overrides, overwrite=overwrite, requantize=requantize, memory=memory
+            )
+            output.answer({"model": model, "folder": out, **found.to_dict()}, *show.estimated(found, model, recipe))
+            return
         with Watch(f"{model} → {out}, {recipe}", writers(stderr_console(), quiet=quiet, log=log)) as watch:
             output.on_interrupt = watch.interrupted
             prepare(threads, quiet=quiet)
             from quantlab.engine.quantize import quantize as run
 
-            result = run(model, recipe, out, overrides=overrides, progress=watch, restart=restart, overwrite=overwrite)
-        memory = peak_memory()
+            result = run(
+                model,
+                recipe,
+                out,
+                overrides=overrides,
+                progress=watch,
+                restart=restart,
+                overwrite=overwrite,
+                requantize=requantize,
+                memory=memory,
+            )
+        if follows:
+            return
+        peak = peak_memory()
+        checked = verify.checked(result.folder) if verified else None
         document = {
             "model": model,
             "folder": result.folder,
@@ -99,12 +142,14 @@ def quantize(
             "bytes": result.bytes,
             "original_bytes": result.original_bytes,
             "seconds": result.seconds,
-            "peak_memory": memory,
+            "peak_memory": peak,
             "resumed_blocks": result.resumed_blocks,
             "calibration": result.calibration,
+            "verification": None if checked is None else checked.to_dict(),
             "layers": [{**report.record(), "seconds": report.seconds} for report in result.reports],
         }
-        output.answer(document, *show.quantized(result, model=model, peak_memory=memory))
+        words = show.quantized(result, model=model, peak_memory=peak)
+        output.answer(document, *words, *(() if checked is None else verify.summary(checked)))
 
 
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
@@ -119,7 +164,10 @@ app.command("eval-tasks", epilog=evaluate_benchmarks.TASKS_EXAMPLES)(evaluate_be
     epilog="Examples:\n\n  quantlab inspect demo-w4 --fold\n  quantlab inspect demo-w4 --set sort=error --set limit=10",
 )
 def inspect_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote, or a plan's file.")
+    ],
+    layer: Annotated[str | None, typer.Option(metavar="NAME", help="Why a plan gave a layer what it got.")] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="One line for all layers of a kind: model.layers.*.mlp.down_proj.")
     ] = False,
@@ -129,10 +177,17 @@ def inspect_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a quantized model layer by layer: format, bits a weight with everything counted, error, size."""
+    """Show a quantized model layer by layer: format, bits a weight with everything counted, error, size; or a plan."""
     with Output(as_json) as output:
         from quantlab.cli import show
         from quantlab.errors import QuantlabError
+
+        if folder.suffix in (".yaml", ".yml") and not folder.is_dir():
+            plan.explain(output, folder, layer)
+            return
+        if layer is not None:  # the recipe of a model that was quantized by a plan holds that plan
+            plan.explain(output, folder / "recipe.yaml", layer)
+            return
 
         chosen: dict[str, Any] = {"sort": "order", "limit": None, "fold": fold}
         chosen |= chosen_settings(settings, tuple(chosen))
@@ -162,8 +217,16 @@ def inspect_(
 
 
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=roofline.EXAMPLES)(roofline.roofline)
+app.command(epilog=sweep.SWEEP_EXAMPLES)(sweep.sweep)
+app.command(epilog=sweep.PARETO_EXAMPLES)(sweep.pareto)
+app.command(epilog=sweep.REPORT_EXAMPLES)(sweep.report)
+
+
+app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=verify.EXAMPLES)(verify.verify)
 
 
 @app.command("export-adapter", epilog="Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter")

@@ -14,7 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")]
 MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
-MEASURED = "A model folder, quantized or not, a Hugging Face id, a .gguf file, `demo`, or bitsandbytes:KIND:MODEL."
+MEASURED = "A model folder, quantized or not, a Hugging Face id, a .gguf file, `demo`, or TOOL:KIND:MODEL."
 
 
 def prepare(threads: int | None, *, quiet: bool) -> None:

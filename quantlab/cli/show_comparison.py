@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,9 +18,6 @@ from quantlab.errors import QuantlabError
 
 if TYPE_CHECKING:
     from quantlab.comparison import Comparison, VariantComparison
-
-_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
-_ERRORS = {"output_error": "error of the outputs, relative", "weight_error": "error of the weights, relative"}
 
 
 def compared(comparison: Comparison, *, plot: Path | None) -> Iterator[RenderableType]:
@@ -99,42 +95,56 @@ def check_plot(file: Path) -> None:
 
 
 def plotted(comparison: Comparison) -> str:
-    """Error against bits, a point a variant, as a page that needs no network."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    """The page of a sweep's report, of a comparison: errors against bits, a point a variant; it needs no network."""
+    from quantlab_evals.report import page
 
-    from quantlab.variants import method_name
+    about = {
+        "model": comparison.model,
+        "measurement": {
+            "layers": comparison.selection,
+            "in common": _common(comparison),
+            "calibration": "; ".join(describe_calibration(comparison.calibration)),
+            "not the whole model": "each layer is quantized by itself; errors do not add up through the layers",
+        },
+    }
+    failed = [
+        {"variant": entry.variant.name, "kind": "quantized", "labels": {}, "error": entry.reason}
+        for entry in comparison.skipped
+    ]
+    return page([*map(_record, comparison.variants), *failed], about)
 
-    measured = [name for name in _ERRORS if any(getattr(entry, name) for entry in comparison.variants)]
-    figure = make_subplots(rows=len(measured), cols=1, shared_xaxes=True, vertical_spacing=0.06)
-    series: dict[str, list[VariantComparison]] = {}
-    for entry in comparison.variants:
-        series.setdefault(method_name(entry.variant.scheme), []).append(entry)
-    for row, name in enumerate(measured, start=1):
-        for place, (method, entries) in enumerate(series.items()):
-            labels = [f"{entry.variant.scheme.format}/{entry.variant.scheme.granularity}" for entry in entries]
-            figure.add_trace(
-                go.Scatter(
-                    x=[entry.bits for entry in entries],
-                    y=[getattr(entry, name).mean for entry in entries],
-                    mode="markers+text",
-                    name=html.escape(method),
-                    legendgroup=method,
-                    showlegend=row == 1,
-                    marker={"size": 10, "color": _COLORS[place % len(_COLORS)]},
-                    text=labels,
-                    textposition="middle right",
-                    textfont={"size": 10},
-                    customdata=[html.escape(entry.variant.name) for entry in entries],
-                    hovertemplate="%{customdata}<br>%{x:.3f} bits, %{y:.3g}<extra></extra>",
-                ),
-                row=row,
-                col=1,
-            )
-        figure.update_yaxes(title_text=_ERRORS[name], type="log", row=row, col=1)
-    figure.update_xaxes(title_text="bits a weight, everything stored counted", row=len(measured), col=1)
-    title = f"{html.escape(comparison.model)}: {html.escape(comparison.selection)}"
-    figure.update_layout(
-        title={"text": title, "font": {"size": 14}}, template="plotly_white", height=480 * len(measured)
-    )
-    return figure.to_html(include_plotlyjs=True, full_html=True, div_id="comparison")
+
+def _record(entry: VariantComparison) -> dict[str, Any]:
+    """A variant as a record of a sweep."""
+    from quantlab.recipe import Recipe
+
+    scheme = entry.variant.scheme
+    seen = entry.output_error
+    return {
+        "variant": entry.variant.name,
+        "kind": "quantized",
+        "labels": {
+            "format": scheme.format,
+            "group": str(scheme.granularity),
+            "quantizer": scheme.quantizer,
+            "compensation": scheme.compensation,
+            "scales": scheme.scale_dtype,
+            "search": scheme.scale_search,
+        },
+        "measures": {
+            "bits": entry.bits,
+            "output_error": None if seen is None else seen.mean,
+            "weight_error": entry.weight_error.mean,
+            "quantize_seconds": entry.seconds,
+        },
+        "recipe": Recipe(name=entry.variant.name, default=scheme).to_dict(),
+        "layers": [
+            {
+                "layer": layer.layer,
+                "bits": layer.bits,
+                "error": layer.weight_error if layer.output_error is None else layer.output_error,
+                "metric": "weight" if layer.output_error is None else "output",
+            }
+            for layer in entry.layers
+        ],
+    }

@@ -18,8 +18,6 @@ _BATCH_TOKENS = 1024
 # Documents that are read for each sequence, at most, from sources that could go on for ever.
 _DOCUMENTS_A_SEQUENCE = 32
 
-CalibrationText = Sequence[str] | torch.Tensor
-
 
 @dataclass(frozen=True, eq=False)
 class CalibrationData:
@@ -34,6 +32,9 @@ class CalibrationData:
         return list(self.tokens.split(max(1, min(_BATCH_TOKENS // length, sequences // 4))))
 
 
+CalibrationText = Sequence[str] | torch.Tensor | CalibrationData
+
+
 def prepare(choice: Calibration, tokenizer: Any, config: Any, text: CalibrationText | None = None) -> CalibrationData:
     """Draw the calibration sequences.
 
@@ -44,12 +45,15 @@ def prepare(choice: Calibration, tokenizer: Any, config: Any, text: CalibrationT
         choice: the recipe's choice of data.
         tokenizer: the model's; not needed for token ids.
         config: the model's configuration.
-        text: instead of ``choice.source``: a list of documents, or token ids int64 ``[samples, length]``.
+        text: instead of ``choice.source``: a list of documents, token ids int64 ``[samples, length]``, or sequences
+            that were drawn before.
 
     Raises:
         DataError: token ids of the wrong shape or range.
         EvalError: text that cannot be found or is too short, or sequences longer than the model's positions.
     """
+    if isinstance(text, CalibrationData):
+        return text
     if isinstance(text, torch.Tensor):
         return _from_tokens(text, config)
     if text is not None and (isinstance(text, str) or not all(isinstance(document, str) for document in text)):

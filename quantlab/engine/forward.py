@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Forward(greenlet):
         input: the first argument of that module's call.
         call: all its arguments.
         stops: names of modules before which it stands still.
+        watched_by: entered while it runs.
     """
 
     def __init__(self, model: nn.Module, batch: torch.Tensor, stops: Container[str]) -> None:
@@ -54,6 +55,7 @@ class Forward(greenlet):
         self.input: torch.Tensor | None = None
         self.call: Call | None = None
         self.log: list[tuple[str, torch.Tensor, int]] | None = None
+        self.watched_by: AbstractContextManager[Any] = nullcontext()
 
     def _forward(self) -> None:
         self.model(**model_inputs(self.model, self.batch))
@@ -67,7 +69,8 @@ class Forward(greenlet):
         self.at, self.input, self.call = None, None, None
         self.parent = getcurrent()
         try:
-            self.switch()
+            with self.watched_by:
+                self.switch()
         except (QuantlabError, MemoryError):
             raise
         except Exception as error:  # whatever the model's code raises
@@ -107,7 +110,11 @@ def watched(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
         return before
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    # Before all other hooks: one that loads the module's weight is to do so when the batch goes on, not when it stops.
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
+        for name in names
+    ]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class Journal:
         """Leave nothing behind of a run that failed before its first block was done."""
         if not self._done:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(self, complete: Callable[[Journal], None]) -> None:
+        """Let the result be completed."""
+        complete(self)
 
     def publish(self) -> None:
         """Put the complete result in its place, whole."""

@@ -25,11 +25,14 @@ from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import OUTSIDE, Architecture, add_to_bias, get_weight, replace_tensor, set_weight
 from quantlab.engine.awq import Rescaled, Rescaling
+from quantlab.engine.distributed import ALONE, Ranks, SharedJournal
 from quantlab.engine.journal import Journal
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
+from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import Answer, PlannedLayer, solve
+from quantlab.engine.spill import Spill
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 from quantlab.problem import InputStatistics, Statistic
@@ -48,6 +51,8 @@ class Run:
         journal: where finished blocks are written and remembered.
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
+        states: bytes of suspended batches that may be in memory, the others go to the disk; None: all stay.
+        ranks: the processes that share the run.
     """
 
     source: ModelSource
@@ -55,9 +60,11 @@ class Run:
     architecture: Architecture
     plan: dict[str, PlannedLayer]
     batches: list[torch.Tensor]
-    journal: Journal
+    journal: Journal | SharedJournal
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
+    states: int | None = None
+    ranks: Ranks = ALONE
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -87,9 +94,12 @@ class Run:
         waiting = {name: self.plan[name] for name in self.architecture.outside if name in self.plan}
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
         sample = None if self.rescaling is None else self.rescaling.sample
+        spill = Spill(self.journal.folder, self.states)
         with (
             self._embeddings_on_demand(models, lookups),
-            Calibration(self.model, original, self.architecture, self.batches, list(waiting), sample) as calibration,
+            Calibration(
+                self.model, original, self.architecture, self.batches, list(waiting), sample, spill, self.ranks
+            ) as calibration,
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
@@ -124,23 +134,30 @@ class Run:
         return Rescaled() if self.journal.done(block) else self.rescaling.apply(block, ahead, self._planned(block))
 
     def _execute_unseen(self, blocks: Iterable[str]) -> None:
-        """Quantize the blocks that are not done yet, without any inputs."""
-        for block in blocks:
-            if not self.journal.done(block):
+        """Quantize the blocks that are not done yet, without any inputs; each rank takes one at a time."""
+        left = [block for block in blocks if not self.journal.done(block)]
+        for start in range(0, len(left), self.ranks.size):
+            together, packed = left[start : start + self.ranks.size], None
+            for block in together[self.ranks.rank : self.ranks.rank + 1]:
                 self._load(block, [self.model])
-                self._commit(block, self._solve(_unseen(self._planned(block))))
+                packed = self._packed(block, self._solve(_unseen(self._planned(block)), used=False))
                 self._unload(block, [self.model])
+            for owner, block in enumerate(together):
+                self.journal.commit(block, *(self.ranks.to_writer(packed, owner) or ({}, [], {})))
 
     def _solve(
         self,
         groups: Iterable[tuple[list[PlannedLayer], InputStatistics | None]],
         notes: Mapping[str, str] | None = None,
+        *,
+        used: bool = True,
     ) -> list[Answer]:
         """Solve groups of layers as they come, and put the quantized weights in their places.
 
         Args:
             groups: layers that share an input, with its statistics.
             notes: by layer, to be added to its report.
+            used: the model will run through the new weights, on all ranks; otherwise a layer has none from then on.
         """
         answers = []
         for group, statistics in groups:
@@ -149,9 +166,12 @@ class Run:
             weights = {name: get_weight(module) for name, module in modules.items()}
             if not any(layer.needs for layer in group):
                 statistics = None  # tokens passed, but nobody looked at them
-            for answer in solve(group, weights, statistics, notes):
+            for answer in solve(group, weights, statistics, notes, self.ranks if used else ALONE):
                 module = modules[answer.report.layer]
-                set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
+                if used:
+                    set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
+                else:
+                    module.weight = nn.Parameter(module.get_parameter("weight").to("meta"), requires_grad=False)
                 if answer.bias is not None:
                     add_to_bias(module, answer.bias)
                 answers.append(answer)
@@ -161,13 +181,19 @@ class Run:
 
     def _commit(self, block: str, answers: list[Answer]) -> None:
         """Write a block."""
+        self.journal.commit(block, *self._packed(block, answers))
+
+    def _packed(
+        self, block: str, answers: list[Answer]
+    ) -> tuple[dict[str, torch.Tensor], list[LayerReport], dict[str, Storage]]:
+        """What is written of a block: its tensors, and how its layers fared and are stored."""
         quantized = {answer.report.layer: answer.qtensor for answer in answers}
         storages = {
             name: Storage.of(qtensor, bias=getattr(self.model.get_submodule(name), "bias", None) is not None)
             for name, qtensor in quantized.items()
         }
         reports = [answer.report for answer in answers]
-        self.journal.commit(block, self._tensors(block, quantized), reports, storages)
+        return self._tensors(block, quantized), reports, storages
 
     def _tensors(self, block: str, quantized: dict[str, QTensor]) -> dict[str, torch.Tensor]:
         """Everything that is stored of a block: codes and scales of quantized layers, the rest as it is."""
@@ -206,6 +232,8 @@ class Run:
             self.model.get_submodule(name).register_parameter("bias", None)  # one that was added is not in the source
         for model in models:
             self.source.load(model, lambda name: self._belongs(name, block))
+        if following := self._following.get(block):
+            self.source.expect(self.model, lambda name: self._belongs(name, following))
 
     def _load_outside(self) -> None:
         self.source.load(self.model, lambda name: self._belongs(name, OUTSIDE))
@@ -225,14 +253,24 @@ class Run:
         return_freed_memory()
 
     @cached_property
+    def _following(self) -> dict[str, str]:
+        """The block that most models run after each block."""
+        return dict(zip(self.architecture.blocks, self.architecture.blocks[1:], strict=False))
+
+    @cached_property
     def _unbiased(self) -> set[str]:
         """The layers that have no bias to begin with."""
         return {name for name in self.architecture.all_layers if self.model.get_submodule(name).bias is None}
 
     @cached_property
     def _embeddings(self) -> dict[str, str]:
-        """The weights of the embeddings outside the blocks, and the modules that they belong to."""
-        modules = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)}
+        """The weights of the embeddings outside the blocks, and the modules that they belong to.
+
+        Linear layers there that stay as they are (mostly a head, to which no batch comes) are as large, and come and
+        go alike.
+        """
+        modules = [name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)]
+        modules += [name for name in self.architecture.outside if name not in self.plan]
         return {f"{name}.weight": name for name in modules if self._belongs(f"{name}.weight", OUTSIDE)}
 
     @contextmanager

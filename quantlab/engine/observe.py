@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from quantlab.engine.architecture import Architecture
 from quantlab.engine.awq import Ahead
+from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.forward import Forward, shared_inputs, watched
 from quantlab.engine.solve import PlannedLayer
+from quantlab.engine.spill import Spill
 from quantlab.engine.statistics import InputAccumulator
 from quantlab.problem import InputStatistics, Statistic
 
@@ -34,6 +37,8 @@ class Calibration:
         batches: token ids, each int64 ``[sequences, length]``.
         outside: layers outside the blocks that will be observed after the last block.
         sample: token ids that go ahead of the batches, see :meth:`look_ahead`; None if nobody will.
+        spill: where the states of batches go that memory has no room for; None: they stay.
+        ranks: the processes that share the batches.
 
     A context manager: leaving it cancels the forwards and removes the hooks.
     """
@@ -46,17 +51,27 @@ class Calibration:
         batches: list[torch.Tensor],
         outside: Iterable[str],
         sample: torch.Tensor | None = None,
+        spill: Spill | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.models = [model] if original is None else [model, original]
         self._architecture = architecture
         self._blocks = set(architecture.blocks)
         self._stops = self._blocks | set(outside)
         self._twin_stops = set(self._stops)
-        self._forwards = [Forward(model, batch, self._stops) for batch in batches]
-        compared, self._held_out = _comparison(len(batches))
+        self._ranks = ranks
+        # Fewer batches than ranks are nobody's to observe: they only show the way, to each.
+        share = ranks.share(len(batches)) if len(batches) >= ranks.size else range(len(batches))
+        self._forwards = [Forward(model, batches[index], self._stops) for index in share]
+        compared, held_out = _comparison(len(batches))
+        self._held_out = {own for own, index in enumerate(share) if index in held_out}
         self._twins: dict[int, Forward] = {}
         if original is not None:
-            self._twins = {index: Forward(original, batches[index], self._twin_stops) for index in compared}
+            own = {own: index for own, index in enumerate(share) if index in compared}
+            self._twins = {own: Forward(original, batches[index], self._twin_stops) for own, index in own.items()}
+        self._spill = spill or Spill(Path(), None)
+        for forward in (*self._forwards, *self._twins.values()):
+            self._spill.watch(forward)
         self._open: dict[str, _Group] = {}
         self._last: _Group | None = None
         self._width = 0
@@ -81,6 +96,7 @@ class Calibration:
         for forward in [self._scout, self._sample, *self._forwards, *self._twins.values()]:
             if forward is not None:
                 forward.cancel()
+        self._spill.close()
         self._hooks.close()
 
     def standing_before(self) -> str | None:
@@ -140,12 +156,13 @@ class Calibration:
             # All stand before the same group, except where batches without tokens for an expert have skipped it: those
             # wait behind the experts until the others have arrived.
             standing = {self._open.get(forward.at or "") for forward in self._forwards}
-            reached = [group for group in groups if group in standing]
+            somewhere = self._ranks.any([group in standing for group in groups])
+            reached = [group for group, there in zip(groups, somewhere, strict=True) if there]
             group = min(reached, key=lambda group: group.names.isdisjoint(self._architecture.routed), default=None)
             if group is None:
                 break
             groups.remove(group)
-            yield group.layers, group.finish()
+            yield group.layers, group.finish(self._ranks)
             arrived = [index for index, forward in enumerate(self._forwards) if forward.at in group.names]
             self._stops -= group.names
             self._twin_stops -= group.names
@@ -180,6 +197,7 @@ class Calibration:
 
     def _advance(self, indices: Iterable[int]) -> None:
         for index in indices:
+            self._spill.wake(self._forwards[index])
             self._forwards[index].advance()
             self._take_in([index])
 
@@ -187,23 +205,31 @@ class Calibration:
         """Add the inputs before which batches have arrived to the statistics, and let their twins follow."""
         for index in indices:
             forward, twin = self._forwards[index], self._twins.get(index)
+            self._spill.wake(forward)
             group = self._open.get(forward.at or "")
             if group is not None:
                 group.add(forward.input)
             # Two models route tokens to experts differently, so there is no original input to compare an expert's with.
-            if twin is None or twin.dead or forward.at is None or forward.at in self._architecture.routed:
-                continue
-            while twin.at != forward.at and not twin.dead:
+            comparable = forward.at is not None and forward.at not in self._architecture.routed
+            if twin is not None and not twin.dead and comparable:
+                self._spill.wake(twin)
+                self._compare(forward, twin, group, held_out=index in self._held_out)
+                self._spill.rest(twin)
+            self._spill.rest(forward)
+
+    def _compare(self, forward: Forward, twin: Forward, group: _Group | None, held_out: bool) -> None:
+        """Let the twin follow a batch, and take in how its input differs where that is wanted."""
+        while twin.at != forward.at and not twin.dead:
+            twin.advance()
+        if group is not None and Statistic.SHIFT in group.wanted:
+            original, divisor = twin.input, self._divisors.get(forward.at or "")
+            if divisor is not None and original is not None:
+                original = original / divisor
+            group.compare(forward.input, original, held_out)
+            if group is self._last:
+                twin.cancel()
+            elif self._writes_residual(group):
                 twin.advance()
-            if group is not None and Statistic.SHIFT in group.wanted:
-                original, divisor = twin.input, self._divisors.get(forward.at)
-                if divisor is not None and original is not None:
-                    original = original / divisor
-                group.compare(forward.input, original, held_out=index in self._held_out)
-                if group is self._last:
-                    twin.cancel()
-                elif self._writes_residual(group):
-                    twin.advance()
 
     def _writes_residual(self, group: _Group) -> bool:
         """Whether a batch holds less behind these layers than before them, and may go there already.
@@ -255,7 +281,10 @@ class _Group:
         assert original is not None
         self._accumulator.compare(x, original, held_out)
 
-    def finish(self) -> InputStatistics:
-        assert self._accumulator is not None
-        statistics, self._accumulator = self._accumulator.finish(), None
-        return statistics
+    def finish(self, ranks: Ranks) -> InputStatistics:
+        accumulator, self._accumulator = self._accumulator, None
+        if accumulator is None:  # no batch of this rank came here, but one of another's
+            accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1])
+        if ranks.size > 1:
+            accumulator.join(ranks)
+        return accumulator.finish()

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 from torch import nn
 
-from quantlab.engine.architecture import Architecture, features, get_weight
+from quantlab.engine.architecture import Architecture, features
+from quantlab.engine.estimate import Memory, memory_needs, result_size
 from quantlab.engine.solve import PlannedLayer, plan_layer
 from quantlab.errors import PreflightError, RecipeError
-from quantlab.problem import Statistic
 from quantlab.recipe import Recipe, matches
 
 _USUAL_GROUPS = (256, 128, 96, 64, 48, 32, 16)
@@ -107,9 +107,14 @@ def unmatched(pattern: str, architecture: Architecture, model: nn.Module) -> str
 
 
 def check_resources(
-    plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int, out: Path
-) -> None:
-    """Refuse a run that memory or disk cannot hold.
+    plan: dict[str, PlannedLayer],
+    architecture: Architecture,
+    model: nn.Module,
+    tokens: int,
+    out: Path,
+    budget: int | None = None,
+) -> Memory:
+    """Refuse a run that memory or disk cannot hold; otherwise, what it will hold.
 
     Args:
         plan: what will be done.
@@ -117,55 +122,37 @@ def check_resources(
         model: its skeleton.
         tokens: of the calibration data; 0 if no layer needs any.
         out: where the result will be.
+        budget: bytes of memory that the process may take; batches that do not fit go to the disk. None: they all stay.
 
     Raises:
         PreflightError: says what is needed, what is there, and what takes less.
     """
-    check_memory(plan, architecture, model, tokens)
+    memory = whole = memory_needs(plan, architecture, model, tokens)
+    if budget is not None:
+        memory = whole.within(budget)
+    refuse_memory(memory.own, psutil.virtual_memory().available)
     existing = next(parent for parent in out.absolute().parents if parent.exists())
-    needed, free = result_size(plan, model), shutil.disk_usage(existing).free
+    needed = result_size(plan, model) + whole.states - memory.states
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise PreflightError(
-            f"{out}: the result takes about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on that disk; "
+            f"{out}: the run takes about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on that disk; "
             "free some space or choose another --out"
         )
+    return memory
 
 
 def check_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int) -> None:
     """Refuse a run that memory cannot hold; see :func:`check_resources`."""
-    needed, available = peak_memory(plan, architecture, model, tokens), psutil.virtual_memory().available
+    needed, available = memory_needs(plan, architecture, model, tokens).own, psutil.virtual_memory().available
+    refuse_memory(needed, available)
+
+
+def refuse_memory(needed: int, available: int) -> None:
+    """Refuse a run that wants more memory than is free."""
     if needed > available:
         raise PreflightError(
-            f"the run needs about {needed / _GIB:.1f} GiB of memory and {available / _GIB:.1f} GiB are free; use fewer "
-            "calibration tokens, for example --set calibration.samples=16, or close other programs"
+            f"the run needs about {needed / _GIB:.1f} GiB of memory and {available / _GIB:.1f} GiB are free; use "
+            "fewer calibration tokens, for example --set calibration.samples=16, let batches wait on the disk with "
+            "--memory, or close other programs"
         )
-
-
-def peak_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int) -> int:
-    """Bytes that a run holds at its peak, about, above what the libraries take."""
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        block = architecture.block_of(name) or ""
-        sizes[block] = sizes.get(block, 0) + parameter.numel() * parameter.element_size()
-    outside = sizes.pop("", 0)
-    twins = 2 if tokens and any(Statistic.SHIFT in layer.needs for layer in plan.values()) else 1
-    widest, narrowest = (pick(layer.shape[1] for layer in plan.values()) for pick in (max, min))
-    element = next(model.parameters()).element_size()
-    # A suspended batch holds the residual stream and the widest input; a solve holds some copies of its layer.
-    suspended = tokens * (widest + narrowest) * element
-    solving = 4 * (
-        6 * max(layer.shape[0] * layer.shape[1] for layer in plan.values()) + (4 * widest**2 if tokens else 0)
-    )
-    return outside + twins * (max(sizes.values()) + suspended) + solving
-
-
-def result_size(plan: dict[str, PlannedLayer], model: nn.Module) -> int:
-    """Bytes on disk of the result, about: codes, two bytes a scale, and what stays as it is."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    for name, layer in plan.items():
-        weights = layer.shape[0] * layer.shape[1]
-        granularity = layer.scheme.granularity
-        scales = weights // granularity if isinstance(granularity, int) else layer.shape[0]
-        now = weights * get_weight(model.get_submodule(name)).element_size()
-        size += weights * layer.scheme.bits // 8 + 3 * scales - now
-    return size

@@ -16,6 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.native import quantization_config
+from quantlab.checkpoint.requantized import open_decoded, quant_method_of
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
 from quantlab.engine import preflight
@@ -23,11 +24,14 @@ from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
+from quantlab.engine.distributed import SharedJournal, joined
+from quantlab.engine.estimate import Estimate, estimate, parse_bytes
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import Run
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
+from quantlab.engine.solve import PlannedLayer
 from quantlab.errors import PreflightError
 from quantlab.recipe import Recipe, load_recipe
 from quantlab.transforms import Awq, Hadamard, Transform, make_transform
@@ -74,26 +78,33 @@ def quantize(
     out: str | Path = "quantized",
     *,
     overrides: Iterable[str] = (),
-    calibration: CalibrationText | None = None,
+    calibration: CalibrationText | CalibrationData | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
     restart: bool = False,
     overwrite: bool = False,
+    requantize: bool = False,
+    memory: int | str | None = None,
 ) -> Result:
     """Quantize a model by a recipe and write the result to a folder.
 
-    Interrupted and called again with the same arguments it goes on at the next block, and ends with the same bytes.
+    Interrupted and called again with the same arguments it goes on at the next block, and ends with the same bytes. In
+    processes that ``torchrun`` or ``accelerate launch`` started it shares the work with the others; the first writes.
 
     Args:
         model: a local folder, a ``.gguf`` file, a Hugging Face id, ``demo``, or a model in memory.
         recipe: a ready recipe's name, a YAML file, a mapping or a Recipe.
         out: the folder to write; it must not exist, unless ``overwrite``.
         overrides: ``key=value`` changes to the recipe.
-        calibration: documents, or token ids int64 ``[samples, length]``, instead of the recipe's source.
+        calibration: documents, token ids int64 ``[samples, length]``, or sequences that were drawn before, instead of
+            the recipe's source.
         tokenizer: for a model in memory; otherwise the model's own is loaded.
         progress: told what happens.
         restart: throw away what an interrupted run left.
         overwrite: replace a result that is already there.
+        requantize: take a model that is quantized already, and round what it decodes to.
+        memory: what this process may take, in bytes or like ``2GB``: calibration batches for which there is no room
+            wait on the disk of ``out``, and the result is the same to the byte. None: all stay in memory.
 
     Raises:
         QuantlabError: names the layer or argument, the value and the remedy; before any work where that is possible.
@@ -102,51 +113,135 @@ def quantize(
     started = time.perf_counter()
     asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
-    transforms = [make_transform(name, options) for name, options in chosen.transforms.items()]
+    with joined() as ranks:
+        progress = progress if ranks.writes else Silent()
+        _check_out(out, overwrite)
+        job = _prepare(model, chosen, calibration, tokenizer, requantize)
+        if job.observed and len(job.batches) < ranks.size:
+            raise PreflightError(
+                f"{ranks.size} processes and {len(job.batches)} batches of calibration sequences: some would have "
+                "nothing to do; use more samples, or fewer processes"
+            )
+        budget = None if memory is None else parse_bytes(memory)
+        needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
+
+        def begin() -> Journal:
+            if restart and (partial_folder(out) / LOG).is_file():
+                shutil.rmtree(partial_folder(out))
+            return Journal(out, _identity(job.source, chosen, job.data), [*job.architecture.blocks, OUTSIDE])
+
+        journal = begin() if ranks.size == 1 else SharedJournal(ranks, out, begin)
+        try:
+            plan = look_ahead(job.plan, job.source, job.skeleton, job.architecture)
+            progress.start(Start(chosen, job.architecture, plan, job.described, journal.resumed, notes=job.notes))
+            run = Run(job.source, job.skeleton, job.architecture, plan, job.batches, journal, progress, job.rescaling)
+            run.ranks = ranks
+            run.states = None if budget is None else budget - needed.without_states
+            run.execute()
+        except BaseException:
+            journal.abandon()
+            raise
+        reports = tuple(journal.reports)
+        journal.finish(lambda journal: _finish(journal, job.source, job.skeleton, chosen))
+    result = Result(
+        folder=asked,
+        recipe=chosen,
+        reports=reports,
+        calibration=job.described,
+        bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        original_bytes=job.original_bytes,
+        seconds=time.perf_counter() - started,
+        resumed_blocks=len(journal.resumed),
+    )
+    progress.finish()
+    return result
+
+
+def dry_run(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "w4-gptq",
+    out: str | Path = "quantized",
+    *,
+    overrides: Iterable[str] = (),
+    calibration: CalibrationText | CalibrationData | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    requantize: bool = False,
+    memory: int | str | None = None,
+) -> Estimate:
+    """What :func:`quantize` would do and take: every check, and one layer for its time. Nothing is written.
+
+    Its arguments, and what it raises, are those of :func:`quantize`.
+    """
+    out = Path(out).expanduser().absolute()
+    chosen = load_recipe(recipe, overrides)
     _check_out(out, overwrite)
-    source: ModelSource = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    job = _prepare(model, chosen, calibration, tokenizer, requantize)
+    budget = None if memory is None else parse_bytes(memory)
+    needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
+    return estimate(job.plan, job.source, job.skeleton, job.architecture, job.tokens, needed, job.described)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A model and a recipe, checked, and everything that a run of them needs."""
+
+    source: ModelSource
+    skeleton: PreTrainedModel
+    architecture: Architecture
+    plan: dict[str, PlannedLayer]
+    original_bytes: int
+    data: CalibrationData | None
+    batches: list[torch.Tensor]
+    rescaling: Rescaling | None
+    notes: tuple[str, ...]
+
+    @property
+    def observed(self) -> bool:
+        return any(layer.needs for layer in self.plan.values())
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return self.data.description if self.data else {}
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self.batches)
+
+
+def _prepare(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    calibration: CalibrationText | CalibrationData | None,
+    tokenizer: Any,
+    requantize: bool,
+) -> _Job:
+    transforms = [make_transform(name, options) for name, options in recipe.transforms.items()]
+    source = _source(model, requantize)
     skeleton = source.skeleton()
     original_bytes = parameter_bytes(skeleton)
     architecture = describe(skeleton)
-    plan = preflight.plan(chosen, architecture, skeleton)
+    plan = preflight.plan(recipe, architecture, skeleton)
     source, notes = _rotated(source, architecture, transforms)
     skeleton = source.skeleton() if notes is not None else skeleton
     awq = next((transform for transform in transforms if isinstance(transform, Awq)), None)
     observed = any(layer.needs for layer in plan.values())
     data, rescaling, batches = None, None, []
     if observed or awq:
-        if tokenizer is None and not isinstance(calibration, torch.Tensor):
+        if tokenizer is None and not isinstance(calibration, torch.Tensor | CalibrationData):
             tokenizer = source.tokenizer()
-        data = prepare(chosen.calibration, tokenizer, source.config, calibration)
+        data = prepare(recipe.calibration, tokenizer, source.config, calibration)
         tokenizer = None  # some take as much memory as a block
         batches = data.batches() if observed else [data.tokens[:1, :_FEW]]
         rescaling = Rescaling(awq, skeleton, draw_sample(data.tokens, awq.tokens)) if awq else None
-    preflight.check_resources(plan, architecture, skeleton, sum(batch.numel() for batch in batches), out)
+    return _Job(source, skeleton, architecture, plan, original_bytes, data, batches, rescaling, notes or ())
 
-    if restart and (partial_folder(out) / LOG).is_file():
-        shutil.rmtree(partial_folder(out))
-    journal = Journal(out, _identity(source, chosen, data), [*architecture.blocks, OUTSIDE])
-    described = data.description if data else {}
-    try:
-        plan = look_ahead(plan, source, skeleton, architecture)
-        progress.start(Start(chosen, architecture, plan, described, journal.resumed, notes=notes or ()))
-        Run(source, skeleton, architecture, plan, batches, journal, progress, rescaling).execute()
-    except BaseException:
-        journal.abandon()
-        raise
-    _finish(journal, source, skeleton, chosen)
-    result = Result(
-        folder=asked,
-        recipe=chosen,
-        reports=tuple(journal.reports),
-        calibration=described,
-        bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        original_bytes=original_bytes,
-        seconds=time.perf_counter() - started,
-        resumed_blocks=len(journal.resumed),
-    )
-    progress.finish()
-    return result
+
+def _source(model: str | Path | PreTrainedModel, requantize: bool) -> ModelSource:
+    if isinstance(model, PreTrainedModel):
+        return ModuleSource(model)
+    folder = resolve(model)
+    return open_decoded(folder) if requantize and quant_method_of(folder) else open_source(folder)
 
 
 def _rotated(

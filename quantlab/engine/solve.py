@@ -10,12 +10,16 @@ from itertools import groupby
 import torch
 
 from quantlab.compensation import Compensation, make_compensation
+from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError
 from quantlab.numerics import QTensor, scale_type
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
 from quantlab.quantizers import Quantizer, make_quantizer
 from quantlab.recipe import Scheme
+
+# Outputs whose error is multiplied with the second moment at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class PlannedLayer:
             or (self.scheme.known_format is not None and self.scheme.known_format.fit is not None)
             or scale_type(self.scheme.scale_dtype).blocks_cross_layers
         )
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether some outputs can be solved without the others, with the same result."""
+        return not self.stands_alone and getattr(self.quantizer, "rows_apart", False)
 
     def solve(self, problem: LayerProblem) -> Solution:
         """Round, and repair what is left."""
@@ -80,6 +89,7 @@ def solve(
     weights: Mapping[str, torch.Tensor],
     statistics: InputStatistics | None,
     notes: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Answer]:
     """Quantize layers that share their input.
 
@@ -90,6 +100,7 @@ def solve(
         weights: by layer name, ``[out, in]`` in any dtype.
         statistics: of the shared input, or None if no layer needs any.
         notes: by layer, what was noted of it before.
+        ranks: the processes that share the work; all get all answers.
 
     Returns:
         An answer for each layer, in order.
@@ -101,7 +112,7 @@ def solve(
         stack = list(members)
         stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
         for part in stacks:
-            answers += _solve_stack(part, [weights[layer.name].float() for layer in part], statistics)
+            answers += _solve_stack(part, _stacked([weights[layer.name] for layer in part]), statistics, ranks)
     return [_with_note(answer, notes.get(answer.report.layer)) for answer in answers]
 
 
@@ -120,7 +131,7 @@ def check_finite(
         CheckpointError: names the layer.
     """
     for layer in layers:
-        if not weights[layer.name].isfinite().all():
+        if not all(end.isfinite() for end in weights[layer.name].aminmax()):  # NaN is both ends
             raise CheckpointError(
                 f"{layer.name}: its weight holds NaN or infinity; the checkpoint is damaged, or overflowed when it was "
                 "converted to float16: get it again, or keep this layer as it is with format none"
@@ -133,14 +144,21 @@ def check_finite(
         )
 
 
+def _stacked(weights: list[torch.Tensor]) -> torch.Tensor:
+    """The weights one below the other, in float32; a copy, whatever they are."""
+    stacked = torch.empty(sum(map(len, weights)), weights[0].shape[1], device=weights[0].device)
+    for part, weight in zip(stacked.split([len(weight) for weight in weights]), weights, strict=True):
+        part.copy_(weight)
+    return stacked
+
+
 def _solve_stack(
-    layers: list[PlannedLayer], weights: list[torch.Tensor], statistics: InputStatistics | None
+    layers: list[PlannedLayer], stacked: torch.Tensor, statistics: InputStatistics | None, ranks: Ranks
 ) -> list[Answer]:
     started = time.perf_counter()
-    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     problem = LayerProblem(" + ".join(layer.name for layer in layers), stacked, statistics)
-    solution = layers[0].solve(problem)
-    rows = [len(weight) for weight in weights]
+    solution = _shared_solution(layers[0], problem, ranks)
+    rows = [layer.shape[0] for layer in layers]
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
     losses, energies, metric = _row_errors(stacked, solution, statistics)
     biases = [None] * len(layers) if solution.bias is None else solution.bias.split(rows)
@@ -170,20 +188,40 @@ def _solve_stack(
     return answers
 
 
+def _shared_solution(layer: PlannedLayer, problem: LayerProblem, ranks: Ranks) -> Solution:
+    """The solution, on every rank: each solves some rows where the method can, else one solves all."""
+    if ranks.size == 1:
+        return layer.solve(problem)
+    if not layer.rows_apart or len(problem.weight) < ranks.size:
+        return ranks.agreed(lambda: layer.solve(problem))
+    own = replace(problem, weight=problem.weight[ranks.rows(len(problem.weight))])
+    parts = ranks.gather(layer.solve(own))
+    loss = None if parts[0].loss is None else torch.cat([part.loss for part in parts if part.loss is not None])
+    return Solution(QTensor.joined([part.qtensor for part in parts]), loss, parts[0].notes)
+
+
 def _row_errors(
     weight: torch.Tensor, solution: Solution, statistics: InputStatistics | None
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Squared error and energy of each output, and the metric that they are in: the best that is known."""
     target = solution.target_for(weight)
-    if statistics is not None and statistics.tokens and statistics.second_moment is not None:
-        moment, loss = statistics.second_moment, solution.loss
-        if loss is None:
-            error = target - solution.qtensor.dequantize()
-            loss = ((error @ moment) * error).sum(1)
-            if solution.bias is not None and statistics.mean is not None:
-                loss += solution.bias * (solution.bias - 2 * (error @ statistics.mean))
-        return loss, ((weight @ moment) * weight).sum(1), "output"
-    error = (target - solution.qtensor.dequantize()).square_()
-    if statistics is not None and statistics.tokens and statistics.diagonal is not None:
-        return error @ statistics.diagonal, weight.square() @ statistics.diagonal, "weighted"
-    return error.sum(1), weight.square().sum(1), "weight"
+    losses, energies = torch.empty(2, len(weight), device=weight.device)
+    known = statistics if statistics is not None and statistics.tokens else InputStatistics(0)
+    moment, diagonal = known.second_moment, known.diagonal
+    # The whole error would be as large as the weight; a product with the moment wants many rows at once.
+    for rows, decoded in solution.qtensor.decoded_rows(None if moment is None else _ROWS):
+        error, own = target[rows] - decoded, weight[rows]
+        if moment is None:
+            squares = error.square_(), own.square()
+            weighted = squares if diagonal is None else [each.mul_(diagonal) for each in squares]
+            losses[rows], energies[rows] = (each.sum(1) for each in weighted)
+            continue
+        energies[rows] = ((own @ moment) * own).sum(1)
+        if solution.loss is None:
+            losses[rows] = ((error @ moment) * error).sum(1)
+            if solution.bias is not None and known.mean is not None:
+                bias = solution.bias[rows]
+                losses[rows] += bias * (bias - 2 * (error @ known.mean))
+    if moment is not None:
+        return losses if solution.loss is None else solution.loss, energies, "output"
+    return losses, energies, "weight" if diagonal is None else "weighted"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from quantlab.engine.distributed import Ranks
 from quantlab.problem import InputStatistics, Statistic
 
 # Tokens a product, and columns a panel, of the second moment: see `_add_product`.
@@ -30,13 +31,13 @@ class InputAccumulator:
         if Statistic.SECOND_MOMENT in wanted:
             self._moment = torch.zeros(width, width, device=device)
         elif Statistic.DIAGONAL in wanted:
-            self._diagonal = torch.zeros(width, device=device)
+            self._diagonal = torch.zeros(width, device=device, dtype=torch.float64)
         if Statistic.SHIFT in wanted:
             self._shift = torch.zeros(width, width, device=device)
             self._held_out = torch.zeros(width, width, device=device)
 
         if Statistic.MEAN in wanted:
-            self._sum = torch.zeros(width, device=device)
+            self._sum = torch.zeros(width, device=device, dtype=torch.float64)
         if Statistic.MAGNITUDE in wanted:
             self._magnitude = torch.zeros(width, device=device)
 
@@ -63,6 +64,20 @@ class InputAccumulator:
         self._compared += len(x)
         self._held_out_compared += len(x) if held_out else 0
 
+    def join(self, ranks: Ranks) -> None:
+        """Take in what the accumulators of the other ranks have seen: afterwards all have the same.
+
+        Sums of float32 numbers a batch, in float64, hardly ever depend on their order: a few vectors are worth it.
+        """
+        counts = torch.tensor([self.tokens, self._compared, self._held_out_compared])
+        ranks.sum(counts)
+        self.tokens, self._compared, self._held_out_compared = counts.tolist()
+        for total in (self._moment, self._diagonal, self._shift, self._held_out, self._sum):
+            if total is not None:
+                ranks.sum(total)
+        if self._magnitude is not None:
+            ranks.maximum(self._magnitude)
+
     def finish(self) -> InputStatistics:
         """The means over all tokens."""
         if self._moment is not None:
@@ -70,8 +85,8 @@ class InputAccumulator:
             self._moment = self._moment.tril_().add_(self._moment.tril(-1).T).div_(max(self.tokens, 1))
             self._diagonal = self._moment.diagonal()
         elif self._diagonal is not None:
-            self._diagonal = self._diagonal / max(self.tokens, 1)
-        mean = None if self._sum is None else self._sum / max(self.tokens, 1)
+            self._diagonal = (self._diagonal / max(self.tokens, 1)).float()
+        mean = None if self._sum is None else (self._sum / max(self.tokens, 1)).float()
         known = InputStatistics(
             self.tokens, self._moment, self._diagonal, self._shift, mean=mean, magnitude=self._magnitude
         )

@@ -13,7 +13,7 @@ Blocks behind the last chosen layer are not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -45,11 +45,14 @@ class Measured:
         plan: the index of the plan.
         report: what was done, and the error in the best metric that is known.
         weight_error: ``|W - Q|^2 / |W|^2``.
+        energy: what a relative error is of: the mean squared output ``tr(W H W^T)``, or ``|W|^2`` where no input was
+            seen.
     """
 
     plan: int
     report: LayerReport
     weight_error: float
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,11 @@ class Survey:
         plans: ways to quantize, each with the same layers by name.
         batches: calibration token ids, each ``[sequences, length]``; empty if no input is to be seen.
         progress: told of each block, and of each layer once for every plan.
+        rows: how many outputs of each layer are solved, to estimate its error from; None: all. Plans that repair a
+            layer as a whole always see all of it.
+        look: shown each group's quantized weights before they are dropped: by plan and layer, float32 ``[out, in]``.
         refused: plans, by index, whose method refused a layer when it saw it, and the reason.
+        groups: names of layers that share an input, in the order in which the model runs.
     """
 
     source: ModelSource
@@ -88,7 +95,10 @@ class Survey:
     plans: list[Plan]
     batches: list[torch.Tensor]
     progress: Progress = field(default_factory=Silent)
+    rows: int | None = None
+    look: Callable[[tuple[str, ...], dict[int, dict[str, torch.Tensor]]], None] | None = None
     refused: dict[int, str] = field(default_factory=dict, init=False)
+    groups: list[tuple[str, ...]] = field(default_factory=list, init=False)
     _measured: list[Measured] = field(default_factory=list, init=False)
 
     @torch.no_grad()
@@ -142,20 +152,42 @@ class Survey:
 
     def _try(self, group: list[PlannedLayer], statistics: InputStatistics | None) -> None:
         """Solve a group of layers that share an input, under every plan."""
+        self.groups.append(tuple(layer.name for layer in group))
         weights = {layer.name: get_weight(self.model.get_submodule(layer.name)) for layer in group}
+        some = {name: _SomeRows.of(weight, self.rows, statistics) for name, weight in weights.items()}
+        shown: dict[int, dict[str, torch.Tensor]] = {}
         for index, plan in enumerate(self.plans):
             if index in self.refused:
                 continue
             return_freed_memory()
             try:
-                answers = solve([plan[layer.name] for layer in group], weights, statistics)
+                found = list(self._solve([plan[layer.name] for layer in group], weights, some, statistics))
             except RecipeError as error:
                 self.refused[index] = str(error)
                 continue
-            for answer in answers:
-                weight_error = _weight_error(weights[answer.report.layer].float(), answer.qtensor.dequantize())
-                self._measured.append(Measured(index, answer.report, weight_error))
-                self.progress.layer(answer.report)
+            for report, weight_error, quantized in found:
+                self._measured.append(Measured(index, report, weight_error, some[report.layer].energy))
+                if self.look is not None:
+                    shown.setdefault(index, {})[report.layer] = quantized
+                self.progress.layer(report)
+        if self.look is not None:
+            self.look(self.groups[-1], shown)
+
+    def _solve(
+        self,
+        layers: list[PlannedLayer],
+        weights: Mapping[str, torch.Tensor],
+        some: Mapping[str, _SomeRows],
+        statistics: InputStatistics | None,
+    ) -> Iterator[tuple[LayerReport, float, torch.Tensor]]:
+        """Solve a group under one plan: reports of all rows, and of those that were solved errors and weights."""
+        whole = any(layer.compensation is not None for layer in layers)
+        parts = weights if whole else {name: rows.weight for name, rows in some.items()}
+        for answer in solve(layers, parts, statistics):
+            report, solved, quantized = answer.report, parts[answer.report.layer], answer.qtensor.dequantize()
+            if not whole:
+                report = some[report.layer].extended(report, weights[report.layer].shape)
+            yield report, _weight_error(solved.float(), quantized), quantized
 
     def _load(self, place: str) -> None:
         self.progress.block(place)
@@ -167,6 +199,48 @@ class Survey:
 
     def _belongs(self, name: str, place: str) -> bool:
         return self.architecture.place_of(name) == place
+
+
+@dataclass(frozen=True, eq=False)
+class _SomeRows:
+    """Rows of a weight that stand for all of them.
+
+    A method's squared error of a row grows with the squares of its weights, so rows are drawn evenly over the order of
+    their norms, and the sum over all is the sum over some, times the ratio of the squares. That ratio varies far less
+    between draws than that of the outputs' energies, of which a few rows may have the most.
+
+    Attributes:
+        weight: the rows.
+        energy: of all rows, see :class:`Measured`.
+        correction: what a relative error of these rows is multiplied by to be that of all.
+    """
+
+    weight: torch.Tensor
+    energy: float
+    correction: float = 1.0
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, count: int | None, statistics: InputStatistics | None) -> _SomeRows:
+        """``count`` rows of ``weight [out, in]``, or all of them."""
+        full, tiny = weight.float(), torch.finfo(torch.float32).tiny
+        squares = full.square().sum(1)
+        moment = statistics.second_moment if statistics is not None and statistics.tokens else None
+        energies = squares if moment is None else ((full @ moment) * full).sum(1)
+        energy = float(energies.sum())
+        if count is None or count >= len(weight):
+            return cls(weight, energy)
+        places = ((torch.arange(count) + 0.5) * len(weight) / count).long()
+        drawn = squares.argsort()[places].sort().values
+        share = squares[drawn].sum() / squares.sum().clamp(min=tiny)
+        inside = energies[drawn].sum() / energies.sum().clamp(min=tiny)
+        return cls(weight[drawn], energy, float(inside / share.clamp(min=tiny)))
+
+    def extended(self, report: LayerReport, shape: torch.Size) -> LayerReport:
+        """A report of these rows as one of all rows, its bytes in proportion."""
+        if len(self.weight) == shape[0]:
+            return report
+        size = round(report.bytes * shape[0] / len(self.weight))
+        return replace(report, shape=(shape[0], shape[1]), error=report.error * self.correction, bytes=size)
 
 
 def choose_layers(

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,12 +136,43 @@ def evaluate_variants(
     which differences are more than chance.
     """
     subjects = [Subject.of(model) for model in models]
-    plan = _plan(subjects, text, **settings)
     with _cache_folder(cache) as folder:
-        reference = _reference(plan, folder)
+        evaluator = Evaluator(text, cache=folder, subjects=subjects, **settings)
         for subject in subjects:
-            yield _measure(subject, plan, reference)
+            yield evaluator.measure(subject)
             gc.collect()  # modules refer to each other in rings
+
+
+class Evaluator:
+    """Measures one model after another on the same windows, and the original once, when it is made.
+
+    The settings are those of :func:`evaluate`.
+
+    Args:
+        text: see there.
+        cache: a folder for the original's predictions.
+        subjects: models that are known beforehand: windows are no longer than they can read.
+        **settings: see there.
+    """
+
+    def __init__(
+        self, text: str | Sequence[str], *, cache: Path, subjects: Sequence[Subject] = (), **settings: Any
+    ) -> None:
+        self._plan = _plan(subjects, text, **settings)
+        self._reference = _reference(self._plan, cache)
+
+    def measure(self, model: Subject | Model, progress: Progress | None = None) -> Evaluation:
+        """Measure a model, against the original if there is one."""
+        subject = model if isinstance(model, Subject) else Subject.of(model)
+        return _measure(subject, self._told(progress), self._reference)
+
+    def measure_alone(self, model: Subject | Model, progress: Progress | None = None) -> Evaluation:
+        """Measure a model, which may be the original, against nothing."""
+        subject = model if isinstance(model, Subject) else Subject.of(model)
+        return _measure(subject, replace(self._told(progress), original=None), None)
+
+    def _told(self, progress: Progress | None) -> _Plan:
+        return self._plan if progress is None else replace(self._plan, progress=progress)
 
 
 @contextmanager
@@ -194,6 +225,7 @@ def _chosen_measures(measures: Sequence[str] | None, original: Subject | None) -
 
 def _measure(subject: Subject, plan: _Plan, reference: Reference | None) -> Evaluation:
     module = subject.loaded()
+    size = subject.bytes(module)  # before it runs: bitsandbytes repacks its layers for a CPU when they are first called
     started = time.perf_counter()
     nll = NllMeasure(plan.windows, "the model")
     divergence = None
@@ -216,7 +248,7 @@ def _measure(subject: Subject, plan: _Plan, reference: Reference | None) -> Eval
         divergence=divergence.result(perplexity) if divergence else None,
         calibration=calibration.result() if calibration else None,
         words=words,
-        bytes=subject.bytes(module),
+        bytes=size,
         original_bytes=original.bytes() if original else None,
         seconds=time.perf_counter() - started,
         notes=plan.notes,

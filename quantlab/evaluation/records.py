@@ -42,13 +42,13 @@ class Records:
         record = self._records.get(key)
         return None if record is None or "error" in record else record
 
+    def last(self, key: str) -> dict[str, Any] | None:
+        """The record under a key, a failure's included."""
+        return self._records.get(key)
+
     def append(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Add a record, on disk when this returns; numbers that are not finite become null."""
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()  # JSON has no other numbers
-        }
-        entry = {"key": key, **finite}
+        entry = {"key": key, **_finite(dict(record))}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(("" if self._ends_with_a_line else "\n") + json.dumps(entry, allow_nan=False) + "\n")
@@ -59,3 +59,12 @@ class Records:
         self._ends_with_a_line = True
         self._records[key] = entry
         return entry
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that are not finite as None: JSON has no others."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,8 @@ from quantlab.errors import CheckpointError
 class Subject:
     """A model to be measured: in memory, or in a folder from which it is loaded late.
 
-    `baseline` is one of bitsandbytes' formats, into which it is brought as it is loaded.
+    `baseline` is another tool's format (`TOOL:KIND`), into which it is brought as it is loaded; `file` the
+    ``.gguf`` file that the folder was made from.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Subject:
     module: PreTrainedModel | None
     folder: Path | None
     baseline: str | None = None
+    file: Path | None = None
 
     @classmethod
     def of(cls, model: str | Path | PreTrainedModel) -> Subject:
@@ -43,7 +45,8 @@ class Subject:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{model}: its config.json cannot be read: {error}") from error
-        return cls(str(model), config, None, folder, kind)
+        file = Path(origin).expanduser() if str(origin).endswith(".gguf") else None
+        return cls(str(model), config, None, folder, kind, file)
 
     def loaded(self) -> PreTrainedModel:
         """The model, ready to run."""
@@ -59,6 +62,8 @@ class Subject:
             return parameter_bytes(self.module)
         if self.baseline is not None:
             return baseline_bytes(self.loaded() if loaded is None else loaded)
+        if self.file is not None:
+            return self.file.stat().st_size
         return sum(file.stat().st_size for file in WeightFiles(self.folder).files)
 
     def fingerprint(self) -> str:
@@ -85,3 +90,8 @@ def tokenizer_of(subjects: Sequence[Subject]) -> Any:
         except Exception as error:  # transformers raises many kinds
             failures.append(f"{folder}: its tokenizer cannot be loaded: {error}")
     raise CheckpointError("; ".join(failures) or "a model in memory has no tokenizer; pass one: tokenizer=...")
+
+
+def load_named(name: str) -> PreTrainedModel:
+    """The model that a person calls so, another tool's version of one included."""
+    return Subject.of(name).loaded()

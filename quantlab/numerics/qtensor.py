@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from quantlab_kernels import decode
 from quantlab.numerics.grid import Grid
 from quantlab.numerics.scale import Scales
 from quantlab.numerics.scale_type import OuterScales, decode_scales
+
+# Weights that are decoded at once where not all need be held: few enough to stay in the cache.
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,20 @@ class QTensor:
             return decode(self.codes, scales, self.zeros, table, dtype)
         return (decode(self.codes, scales, self.zeros, table) + self.low_rank.product()).to(dtype)
 
+    def decoded_rows(self, step: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The decoded weight in float32, ``step`` rows at a time, for who need not hold it as a whole; None: a few."""
+        table, scales = self.grid.values.to(self.codes.device), decode_scales(self.scales, self.outer)
+        left = None if self.low_rank is None else self.low_rank.scaled_left()
+        step = step or max(1, _CHUNK // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            own = rows if len(scales) > 1 else slice(None)
+            zeros = None if self.zeros is None else self.zeros[own]
+            part = decode(self.codes[rows], scales[own], zeros, table)
+            if self.low_rank is not None and left is not None:
+                part += left[rows] @ self.low_rank.right.float()
+            yield rows, part
+
     def stored_bits(self) -> int:
         """Bits that are stored: packed codes, scales, zeros, the table, low-rank factors."""
         rows, columns = self.shape
@@ -92,6 +110,14 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Everything stored, divided by the number of weights."""
         return self.stored_bits() / self.codes.numel()
+
+    @classmethod
+    def joined(cls, parts: Sequence[QTensor]) -> QTensor:
+        """Tensors with the same inputs and grid one below the other, undoing :meth:`split`."""
+        first = parts[0]
+        zeros = None if first.zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
+        codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+        return cls(codes, scales, zeros, first.grid, outer=first.outer)
 
     def split(self, rows: list[int]) -> list[QTensor]:
         """Cut along the outputs, undoing a concatenation of layers that were solved together.

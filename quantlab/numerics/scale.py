@@ -98,10 +98,15 @@ def choose_scales(
 def apply_scales(weight: torch.Tensor, grid: Grid, scales: Scales) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` of the entries nearest to ``weight / scale + zero``."""
     groups = weight.unflatten(1, (scales.scales.shape[1], -1))
-    scaled = groups / scales.decode().unsqueeze(-1)
-    if scales.zeros is not None:
-        scaled += scales.zeros.float().unsqueeze(-1)
-    return grid.nearest(scaled).flatten(1)
+    steps, zeros = scales.decode(), scales.zeros
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    for rows in _chunks(groups):
+        own = rows if len(steps) > 1 else slice(None)  # one for the whole tensor is every row's
+        scaled = groups[rows] / steps[own].unsqueeze(-1)
+        if zeros is not None:
+            scaled += zeros[own].float().unsqueeze(-1)
+        codes[rows] = grid.nearest(scaled)
+    return codes.flatten(1)
 
 
 def zero_dtype(grid: Grid | None, kind: ScaleType) -> torch.dtype:

@@ -10,7 +10,11 @@ from quantlab.registry import Registry
 
 
 class Quantizer(Protocol):
-    """A rounding method. An implementation is a frozen dataclass whose fields are its options."""
+    """A rounding method. An implementation is a frozen dataclass whose fields are its options.
+
+    One that rounds each output independently of the others may say so by an attribute ``rows_apart`` that is true:
+    several processes then take some outputs each.
+    """
 
     name: ClassVar[str]
 

@@ -25,6 +25,10 @@ from quantlab.quantizers.base import register
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
 
+# Weights that are rounded at once, of some outputs: products are efficient, and the copies that are worked on small.
+_CHUNK = 1 << 23
+# Rows of a matrix that are permuted or turned at once.
+_TURNED = 512
 _ORDERS = ("activation", "group-aware", "natural")
 
 
@@ -62,6 +66,11 @@ class Gptq:
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"gptq: block {self.block!r}: use a positive whole number")
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether outputs are solved independently of each other: how far a target moves is judged by all of them."""
+        return not self.asym
+
     def needs(self, scheme: Scheme) -> Statistic:
         """The full second moment; the shift between original and quantized inputs if the target moves.
 
@@ -93,16 +102,20 @@ class Gptq:
             )
         diagonal = statistics.second_moment.diagonal()
         order = column_order(diagonal, self.order, scheme.granularity)
-        factor, damping = factorize(statistics.second_moment[order][:, order], self.damping)
+        factor, damping = factorize(statistics.second_moment, self.damping, order)
 
-        target = problem.weight.masked_fill(diagonal == 0, 0)  # an input that is never on: its weights are free
+        target, dead = problem.weight, diagonal == 0
+        if dead.any():  # an input that is never on: its weights are free
+            target = target.masked_fill(dead, 0)
         if self.asym:
             target = target + self.asym * target_shift(problem.weight, statistics, factor, order)
 
+        # Damping is part of the factor, not of the layer's error.
+        added = torch.empty_like(diagonal)
+        added[order] = torch.linalg.vector_norm(factor, dim=1).square_() - diagonal[order]
         qtensor, loss = self._round(target, factor, order, scheme, problem.importance(scheme))
-        error = target - qtensor.dequantize()
-        added = factor.square().sum(1) - diagonal[order]  # damping is part of the factor, not of the layer's error
-        loss -= error[:, order].square() @ added
+        for rows, decoded in qtensor.decoded_rows():
+            loss[rows] -= (target[rows] - decoded).square_() @ added
         notes = (f"damping raised to {damping:.3g}",) if damping > self.damping else ()
         return Solution(qtensor, loss.clamp_(min=0), notes, target if self.asym else None)
 
@@ -116,17 +129,42 @@ class Gptq:
     ) -> tuple[QTensor, torch.Tensor]:
         """Codes for ``target [out, in]``, its columns taken in ``order``, and each output's damped loss.
 
-        Works on transposed copies: column k of the weight is row k here, contiguous.
+        Works on transposed copies of some outputs at a time: column k of the weight is row k there, contiguous. The
+        factor is used up.
         """
         grid = scheme.grid_for(target, importance)
+        scales = scheme.choose_scales(target, grid, importance)
+        diagonal = factor.diagonal().clone()
+        feedback = factor.div_(diagonal)  # M
+        codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+        loss = torch.empty(len(target), device=target.device)
+        # Scales of two levels are chosen beforehand, all of them: no row changes its own.
+        known = scales if scales.outer is None else Scales(scales.decode(), scales.zeros)
+        step = max(1, _CHUNK // target.shape[1])
+        for start in range(0, len(target), step):
+            rows = slice(start, start + step)
+            codes[rows], loss[rows] = self._round_rows(
+                target[rows], feedback, diagonal, order, scheme, grid, _rows_of(known, rows), importance
+            )
+        return QTensor.of(codes, scales, grid), loss
+
+    def _round_rows(
+        self,
+        target: torch.Tensor,
+        feedback: torch.Tensor,
+        diagonal: torch.Tensor,
+        order: torch.Tensor,
+        scheme: Scheme,
+        grid: Grid,
+        scales: Scales,
+        importance: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and losses of some outputs; ``scales`` are theirs, and are changed where they are chosen on the way."""
         columns = target.shape[1]
         size = scheme.granularity if isinstance(scheme.granularity, int) else columns
         dynamic = self.order != "activation" and isinstance(scheme.granularity, int)
-        scales = scheme.choose_scales(target, grid, importance)
         steps, zeros = scales.decode(), scales.zeros
         group_of = (order // size).tolist()
-        diagonal = factor.diagonal()
-        feedback = factor / diagonal  # M
         goal = target.T[order].contiguous()
         current = goal.clone()
         codes = torch.empty_like(goal, dtype=torch.uint8)
@@ -151,7 +189,13 @@ class Gptq:
             current[stop:].addmm_(feedback[span, stop:].T, error)
         out = torch.empty_like(codes)
         out[order] = codes
-        return QTensor.of(out.T.contiguous(), scales, grid), loss
+        return out.T, loss
+
+
+def _rows_of(scales: Scales, rows: slice) -> Scales:
+    """The scales of some outputs, sharing memory with those of all; one for the whole tensor is everybody's."""
+    own = rows if len(scales.scales) > 1 else slice(None)
+    return Scales(scales.scales[own], None if scales.zeros is None else scales.zeros[own])
 
 
 def _put(scales: Scales, group: int, part: Scales) -> None:
@@ -200,25 +244,45 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def factorize(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+def factorize(moment: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
     """Upper triangular ``C`` with ``C C^T = H + damping * mean(diag H) * I``, and the damping that it took.
 
     Args:
         moment: ``H``, float32 ``[n, n]``; an input that was never on has a zero row and column.
         damping: where to start; doubled until the factorization succeeds.
+        order: a permutation of rows and columns to take ``H`` in; None: as they stand.
     """
-    diagonal = moment.diagonal()
+    order = torch.arange(len(moment), device=moment.device) if order is None else order
+    backwards = order.flip(0)
+    diagonal = moment.diagonal()[backwards]
     dead = diagonal == 0
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular.
-        turned = moment.flip(0, 1)
-        turned.diagonal().add_(torch.where(dead, mean, damping * mean).flip(0))
-        lower, failed = torch.linalg.cholesky_ex(turned)
+        # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular. All of it happens
+        # in one copy: for a wide layer that is most of the memory that a run takes.
+        turned = torch.empty_like(moment)
+        for rows, some in zip(turned.split(_TURNED), backwards.split(_TURNED), strict=True):
+            torch.index_select(moment[some], 1, backwards, out=rows)
+        turned.diagonal().add_(torch.where(dead, mean, damping * mean))
+        failed = torch.empty((), dtype=torch.int32, device=moment.device)
+        torch.linalg.cholesky_ex(turned.mT, upper=True, out=(turned.mT, failed))  # in the layout of LAPACK
         if not failed:
-            del turned
-            return lower.flip(0, 1), damping
+            return _turn(turned), damping
         damping *= 2
+
+
+def _turn(matrix: torch.Tensor, step: int = _TURNED) -> torch.Tensor:
+    """Turn a square matrix by 180 degrees where it lies."""
+    size = len(matrix)
+    half = size // 2
+    for start in range(0, half, step):
+        upper, lower = slice(start, min(start + step, half)), slice(max(size - start - step, size - half), size - start)
+        turned = matrix[upper].flip(0, 1)
+        matrix[upper] = matrix[lower].flip(0, 1)
+        matrix[lower] = turned
+    if size % 2:
+        matrix[half] = matrix[half].flip(0)
+    return matrix
 
 
 def target_shift(

@@ -17,6 +17,7 @@ class Rtn:
     """Round to nearest. Data-free, unless the scale search is weighted by the inputs' second moment."""
 
     name: ClassVar[str]
+    rows_apart: ClassVar[bool] = True
 
     def needs(self, scheme: Scheme) -> Statistic:
         """The diagonal of the second moment, only to weight the scale search."""

@@ -285,7 +285,7 @@ def damaged(path: Path, how: str) -> Path:
     if how == "missing tensor":
         del tensors["blk.1.ffn_up.weight"]
     if how == "tensor without a place":
-        tensors["blk.0.attn_q.bias"] = np.zeros(HIDDEN, np.float32)
+        tensors["blk.0.ffn_up.bias"] = np.zeros(HIDDEN, np.float32)
     if how == "wrong shape":
         tensors["blk.0.ffn_up.weight"] = np.zeros((INNER, HIDDEN // 2), np.float32)
     scaling = [("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0)]
@@ -312,7 +312,7 @@ def damaged(path: Path, how: str) -> Path:
         ("empty", "not a complete GGUF file"),
         ("unknown architecture", "cannot read architecture 'clip'"),
         ("missing tensor", r"model\.layers\.1\.mlp\.up_proj\.weight"),
-        ("tensor without a place", r"blk\.0\.attn_q\.bias has no place in LlamaForCausalLM"),
+        ("tensor without a place", r"blk\.0\.ffn_up\.bias has no place in LlamaForCausalLM"),
         ("wrong shape", r"blk\.0\.ffn_up\.weight .* shape \[128, 32\], the model wants \[128, 64\]"),
         ("yarn", "drops its rope scaling 'yarn' by 4"),
     ],

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import MOE_NAMES, NAMES, logits, save_tiny, tiny_model
 from transformers import AutoModel, LlamaConfig, LlamaModel, MixtralForCausalLM, PreTrainedTokenizerFast
 
@@ -223,6 +226,86 @@ class TestRefuses:
         torch.save({"model.norm.weight": tmp_path}, tmp_path / "pytorch_model.bin")
         with pytest.raises(CheckpointError, match="plain tensors"):
             open_source(tmp_path)
+
+    def test_pickles_that_run_something(self, tmp_path):
+        save_tiny("llama", tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        ran = tmp_path / "ran"
+
+        class Runs:
+            def __reduce__(self):
+                return (open, (str(ran), "w"))
+
+        for content in ({"model.norm.weight": Runs()}, Runs()):
+            torch.save(content, tmp_path / "pytorch_model.bin")
+            with pytest.raises(CheckpointError, match="plain tensors"):
+                open_source(tmp_path)
+            (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+            with pytest.raises(CheckpointError, match="plain tensors"):
+                open_source(tmp_path)
+        torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="holds a list"):
+            open_source(tmp_path)
+        assert not ran.exists()
+
+    @pytest.mark.parametrize("elsewhere", ["../other/model.safetensors", "/etc/passwd", "a/../../b.safetensors"])
+    def test_an_index_that_leaves_the_folder(self, elsewhere, tmp_path):
+        folder = save_tiny("llama", tmp_path / "model", max_shard_size="50KB")
+        index = folder / "model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        data["weight_map"]["model.norm.weight"] = elsewhere
+        index.write_text(json.dumps(data))
+        with pytest.raises(CheckpointError, match="lies outside of its folder"):
+            open_source(folder)
+
+    def test_an_index_that_is_wrong(self, tmp_path):
+        folder = save_tiny("llama", tmp_path, max_shard_size="50KB")
+        index = folder / "model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        places = data["weight_map"]
+        other = next(file for file in places.values() if file != places["model.norm.weight"])
+        for wrong in ({**places, "model.norm.weight": other}, {**places, "nothing": other}):
+            index.write_text(json.dumps({**data, "weight_map": wrong}))
+            with pytest.raises(CheckpointError, match="which it has not"):
+                open_source(folder)
+        for broken in ("", "[]", '{"weight_map": 3}', '{"weight_map": {"a": null}}'):
+            index.write_text(broken)
+            with pytest.raises(CheckpointError, match=r"not a readable index|not there"):
+                open_source(folder)
+
+    def test_headers_that_lie(self, tmp_path):
+        file = save_tiny("llama", tmp_path) / "model.safetensors"
+        content = file.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        for change in ({"dtype": "F16"}, {"shape": [63]}, {"shape": [-64]}, {"data_offsets": [-8, 248]}):
+            header = json.loads(content[8 : 8 + length])
+            header["model.norm.weight"] |= change
+            text = json.dumps(header).encode().ljust(length)
+            file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+            with pytest.raises(CheckpointError, match=r"model\.norm\.weight is said to be|its header speaks of"):
+                open_source(tmp_path)
+        file.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
+        with pytest.raises(CheckpointError, match="header is longer than the file"):
+            open_source(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+    def test_weights_of_a_dtype_that_cannot_be(self, dtype, tmp_path):
+        file = save_tiny("llama", tmp_path) / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"up_proj\.weight: is stored as {dtype}.*float32"):
+            open_source(tmp_path).skeleton()
+
+    def test_code_in_the_folder_is_not_run(self, tmp_path):
+        save_tiny("llama", tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        with pytest.raises(CheckpointError):
+            open_source(tmp_path)
+        assert not (tmp_path / "ran").exists()
 
     def test_missing_weights(self, tmp_path):
         save_tiny("llama", tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +237,27 @@ def test_restart_throws_it_away(interrupted, original, quantized, run):
     assert_same(result.folder, quantized("llama").folder)
     other = run(original("llama"), {"format": "int3"}, "other", restart=True)  # nothing to throw away
     assert other.resumed_blocks == 0
+
+
+@pytest.mark.parametrize("changes", [{"quantizer": "rtn", "scale_search": "mse"}, {}], ids=["rtn", "gptq"])
+def test_killed_at_ten_random_moments(changes, original, run, tokens, tmp_path):
+    started = time.monotonic()
+    expected = run(original("llama"), changes, "undisturbed").folder
+    usual, moments = time.monotonic() - started, random.Random(0)
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            try:
+                quantlab.quantize(original("llama"), {**W4_GPTQ, **changes}, tmp_path / "out", calibration=tokens)
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0, 1.2 * usual))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (tmp_path / "out").exists():  # this one came to the end: the next begins anew
+            assert_same(tmp_path / "out", expected)
+            shutil.rmtree(tmp_path / "out")
+    assert_same(run(original("llama"), changes).folder, expected)
 
 
 def test_restart_with_another_recipe(interrupted, original, run):

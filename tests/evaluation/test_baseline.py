@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from quantlab.checkpoint.baseline import KINDS, baseline_bytes, load_baseline, split_baseline
+from quantlab.checkpoint.baseline import KINDS, baseline_bits, baseline_bytes, load_baseline, split_baseline
 from quantlab.errors import CheckpointError
 from quantlab.evaluation import evaluate
 
@@ -11,7 +13,8 @@ pytest.importorskip("bitsandbytes")
 
 
 def test_names():
-    assert split_baseline("bitsandbytes:nf4:some/model") == ("nf4", "some/model")
+    assert split_baseline("bitsandbytes:nf4:some/model") == ("bitsandbytes:nf4", "some/model")
+    assert split_baseline("torchao:int8:demo") == ("torchao:int8", "demo")
     assert split_baseline("some/model") is None
     for name in ("bitsandbytes:nf5:some/model", "bitsandbytes:nf4", "bitsandbytes:nf4:"):
         with pytest.raises(CheckpointError, match="a kind out of nf4, nf4-dq, fp4"):
@@ -20,7 +23,7 @@ def test_names():
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_loads_and_runs(folders, kind):
-    model = load_baseline(kind, folders / "original")
+    model = load_baseline(f"bitsandbytes:{kind}", folders / "original")
     with torch.no_grad():
         logits = model(torch.arange(1, 9)[None]).logits
     assert logits.isfinite().all()
@@ -33,6 +36,23 @@ def test_every_kind_loads_and_runs(folders, kind):
     bits = 8 * of_blocks / weights
     low, high = {"int8": (8, 9)}.get(kind, (4, 4.8))
     assert low < bits < high, "scales are counted"
+    assert baseline_bits(model) == pytest.approx(bits)
+
+
+def test_torchao_takes_part_where_it_is_installed(folders):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = load_baseline("torchao:int8", folders / "original")
+    with torch.no_grad():
+        assert model(torch.arange(1, 9)[None]).logits.isfinite().all()
+    assert 8 < baseline_bits(model) < 9
+    assert baseline_bytes(model) < baseline_bytes(load_baseline("bitsandbytes:int8", folders / "original")) * 1.2
+
+
+def test_a_tool_that_is_missing_is_named(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(CheckpointError, match="torchao:int8: torchao cannot be used here"):
+        load_baseline("torchao:int8", folders / "original")
 
 
 def test_it_is_measured_like_any_other(folders):

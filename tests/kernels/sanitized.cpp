@@ -19,6 +19,7 @@ uint16_t small_bfloat16(int64_t i) { return uint16_t(0x3f00 + i * 37 % 64 + (i %
 uint8_t any_byte(int64_t i) { return uint8_t(i * 2654435761u >> 13); }
 int8_t any_zero(int64_t i) { return int8_t(i % 9 - 4); }
 float any_value(int64_t i) { return float(i % 17) - 8.0f; }
+float integer(int64_t i) { return float(i) - 3.0f; }
 
 }  // namespace
 
@@ -38,7 +39,7 @@ int main() {
                         auto codes = filled<uint8_t>(outputs * bytes, any_byte);
                         auto scales = filled<uint16_t>(scale_rows * groups, small_bfloat16);
                         auto zeros = filled<int8_t>(scale_rows * groups, any_zero);
-                        auto table = filled<float>(1 << bits, any_value);
+                        auto table = filled<float>(1 << bits, kind == 1 ? any_value : integer);
                         auto bias = filled<float>(outputs, any_value);
                         auto left = filled<uint16_t>(outputs * rank + 1, small_bfloat16);
                         auto right = filled<uint16_t>(rank * columns + 1, small_bfloat16);
@@ -64,10 +65,12 @@ int main() {
                         weight.zero_type = QL_INT8;
                         weight.bias_type = QL_FLOAT32;
                         const void *x = type == QL_FLOAT32 ? static_cast<const void *>(x32.get()) : x16.get();
-                        for (int at_most = QL_SCALAR; at_most <= QL_AVX512; at_most++) {
+                        for (int at_most = QL_SCALAR; at_most <= QL_AVX512_INT8; at_most++) {
                             const int isa = ql_choose(&weight, type, at_most);
                             if (isa != at_most) continue;
                             if (ql_linear(&weight, x, y.get(), rows, type, isa, 2)) return 1;
+                            products++;
+                            if (isa == QL_AVX512_INT8) continue;
                             const int decoded = isa == QL_AVX512 ? QL_BFLOAT16 : type;
                             const int64_t width = ql_padded(&weight, isa);
                             std::unique_ptr<char[]> out(new char[size_t(outputs * width * sizes[decoded])]);
@@ -76,7 +79,6 @@ int main() {
                                 std::unique_ptr<uint16_t[]> aligned(new uint16_t[size_t(rows * width)]);
                                 if (ql_permute(&weight, x16.get(), aligned.get(), rows, isa, 1)) return 1;
                             }
-                            products++;
                         }
                     }
     printf("%ld products\n", products);

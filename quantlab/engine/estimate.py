@@ -1,0 +1,276 @@
+"""What a run will take, before it begins: memory by what it is for, disk, and time from timing one layer."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from quantlab.checkpoint.source import ModelSource
+from quantlab.engine.architecture import OUTSIDE, Architecture, get_weight
+from quantlab.engine.footprint import planned_storage, stored_bytes
+from quantlab.engine.solve import PlannedLayer, solve
+from quantlab.engine.statistics import InputAccumulator
+from quantlab.errors import PreflightError
+from quantlab.problem import Statistic
+
+Plan = dict[str, PlannedLayer]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_FLOAT = 4
+# Tokens that are timed: enough to tell, few enough to wait for.
+_TIMED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run holds at its peak, about.
+
+    Attributes:
+        libraries: what this process holds already.
+        weights: one block, and its twin where one runs beside it, or what is outside the blocks if that is more.
+        states: of the suspended calibration batches.
+        statistics: of one layer's inputs.
+        solving: a layer's weight in float32, and what the method makes of it.
+    """
+
+    libraries: int
+    weights: int
+    states: int
+    statistics: int
+    solving: int
+
+    @property
+    def own(self) -> int:
+        """All but the libraries."""
+        return self.weights + self.states + self.statistics + self.solving
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.libraries + self.own
+
+    @property
+    def without_states(self) -> int:
+        """What no disk can take over."""
+        return self.total - self.states
+
+    def within(self, budget: int) -> Memory:
+        """The same with states on disk, as many as it takes.
+
+        Raises:
+            PreflightError: what is left is more than the budget.
+        """
+        needed = self.without_states
+        if needed > budget:
+            raise PreflightError(
+                f"memory {budget / 1e9:.2f} GB: this run needs about {needed / 1e9:.2f} GB with all its batches on "
+                f"disk ({self.libraries / 1e9:.2f} for the libraries, {self.weights / 1e9:.2f} for a block, "
+                f"{(self.statistics + self.solving) / 1e9:.2f} to solve its widest layer); give it that much, or "
+                "choose a recipe that needs less"
+            )
+        return Memory(self.libraries, self.weights, min(self.states, budget - needed), self.statistics, self.solving)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would do and take.
+
+    Attributes:
+        layers: how many layers get which scheme, by the scheme in words.
+        blocks: of the model.
+        memory: at the peak.
+        disk: bytes of the result.
+        spilled: bytes of batches on disk while it runs.
+        seconds: about, from timing one layer on this machine.
+        timed: which layer that was.
+        calibration: how the calibration data came about; empty if none is needed.
+        bits: bits a weight over the layers that are quantized, about.
+    """
+
+    layers: dict[str, int]
+    blocks: int
+    memory: Memory
+    disk: int
+    spilled: int
+    seconds: float
+    timed: str
+    calibration: dict[str, Any]
+    bits: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON mapping."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes, from a number of them or words like ``2GB`` (10^9) and ``1.5GiB`` (2^30).
+
+    Raises:
+        PreflightError: it is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)\s*", str(text).lower())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise PreflightError(f"memory {text!r}: use a size like 2GB, 1500MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def memory_needs(plan: Plan, architecture: Architecture, model: nn.Module, tokens: int) -> Memory:
+    """What a run will hold.
+
+    Args:
+        plan: what will be done.
+        architecture: the model's parts.
+        model: its skeleton.
+        tokens: of the calibration data; 0 if no layer needs any.
+    """
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        sizes[architecture.place_of(name)] += parameter.numel() * parameter.element_size()
+    outside, block = sizes.pop(OUTSIDE, 0), max(sizes.values())
+    shifted = bool(tokens) and any(Statistic.SHIFT in layer.needs for layer in plan.values())
+    twins = 2 if shifted else 1
+    codes = max(_by_block(plan).values(), default=0)  # a byte each until the block is written
+    widest, narrowest = (pick(layer.shape[1] for layer in plan.values()) for pick in (max, min))
+    element = next(model.parameters()).element_size()
+    largest = max(layer.shape[0] * layer.shape[1] for layer in plan.values())
+    solving = _FLOAT * 3 * largest // 2
+    statistics = 0
+    if tokens:
+        moments = [layer.shape[1] for layer in plan.values() if Statistic.SECOND_MOMENT in layer.needs]
+        widest_moment = max(moments, default=0)
+        statistics = _FLOAT * widest_moment**2 * (3 if shifted else 1)
+        # Layers with one input are solved as one: often two as large. A factor of the moment, and often a target.
+        solving = _FLOAT * (max(widest_moment**2, largest) + (3 if shifted else 2) * largest)
+    return Memory(
+        libraries=psutil.Process().memory_info().rss,
+        weights=max(outside, twins * block + (codes if tokens else 0)),
+        states=twins * tokens * (widest + narrowest) * element,  # the residual stream, and the widest input
+        statistics=statistics,
+        solving=solving,
+    )
+
+
+def result_size(plan: Plan, model: nn.Module) -> int:
+    """Bytes on disk of the result, about: what quantized layers store, and what stays as it is."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for name, layer in plan.items():
+        now = layer.shape[0] * layer.shape[1] * get_weight(model.get_submodule(name)).element_size()
+        size += stored_bytes(planned_storage(layer)) - now
+    return size
+
+
+def estimate(
+    plan: Plan,
+    source: ModelSource,
+    model: nn.Module,
+    architecture: Architecture,
+    tokens: int,
+    memory: Memory,
+    calibration: dict[str, Any],
+) -> Estimate:
+    """What the run would take; loads and solves one layer to know.
+
+    Args:
+        plan: what would be done.
+        source: where weights come from.
+        model: its skeleton, which is left empty.
+        architecture: its parts.
+        tokens: of the calibration data.
+        memory: what it would hold, within its budget if it has one.
+        calibration: how the data came about.
+    """
+    full = memory_needs(plan, architecture, model, tokens)
+    seconds, timed = _seconds(plan, source, model, tokens)
+    stored = sum(stored_bytes(planned_storage(layer)) for layer in plan.values())
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.values())
+    return Estimate(
+        layers=dict(Counter(_in_words(layer) for layer in plan.values())),
+        blocks=len(architecture.blocks),
+        memory=memory,
+        disk=result_size(plan, model),
+        spilled=max(0, full.states - memory.states),
+        seconds=seconds,
+        timed=timed,
+        calibration=calibration,
+        bits=8 * stored / weights,
+    )
+
+
+def _in_words(layer: PlannedLayer) -> str:
+    scheme = layer.scheme
+    compensation = "" if scheme.compensation == "none" else f" + {scheme.compensation}"
+    return f"{scheme.format}, {scheme.granularity} a scale in {scheme.scale_dtype}, {scheme.quantizer}{compensation}"
+
+
+def _by_block(plan: Plan) -> Counter[str]:
+    weights: Counter[str] = Counter()
+    for layer in plan.values():
+        weights[layer.block] += layer.shape[0] * layer.shape[1]
+    return weights
+
+
+@torch.no_grad()
+def _seconds(plan: Plan, source: ModelSource, model: nn.Module, tokens: int) -> tuple[float, str]:
+    """Seconds for all layers, from one that is loaded, run, observed and solved; and which it was.
+
+    Loading and running count by the weight, the second moment by the square of the width, and what a method with a
+    second moment does by both.
+    """
+    usual = Counter((layer.shape, _in_words(layer)) for layer in plan.values())
+    # Of the kinds that are there most often, the smallest is the quickest to time.
+    most = max(usual.values())
+    common = [layer for layer in plan.values() if usual[layer.shape, _in_words(layer)] == most]
+    layer = min(common, key=lambda layer: math.prod(layer.shape))
+    module = model.get_submodule(layer.name)
+
+    started = time.perf_counter()
+    source.load(model, layer.name)
+    loading = time.perf_counter() - started
+    weight = get_weight(module)
+    running = observing = 0.0
+    statistics = None
+    if tokens:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_TIMED_TOKENS, layer.shape[1], generator=generator).to(weight.dtype)
+        accumulator = InputAccumulator(layer.needs, layer.shape[1])
+        accumulator.add(x)  # once to warm up
+        started = time.perf_counter()
+        accumulator.add(x)
+        observing = (time.perf_counter() - started) / _TIMED_TOKENS
+        started = time.perf_counter()
+        x @ weight.T
+        running = (time.perf_counter() - started) / _TIMED_TOKENS
+        if Statistic.SHIFT in layer.needs:
+            accumulator.compare(x, x + 0.01 * x.roll(1), held_out=False)
+            accumulator.compare(x, x + 0.01 * x.roll(1), held_out=True)
+            observing, running = 3 * observing, 2 * running  # the twin's, and products that are not symmetric
+        statistics = accumulator.finish()
+    started = time.perf_counter()
+    solve([layer], {layer.name: weight}, statistics)
+    solving = time.perf_counter() - started
+    source.unload(model, layer.name)
+
+    def times(layers: Iterable[PlannedLayer], work: Callable[[PlannedLayer], float]) -> float:
+        return sum(map(work, layers)) / work(layer)
+
+    # Layers of one module and width mostly share their input.
+    inputs = {(other.name.rpartition(".")[0], other.shape[1]): other for other in plan.values()}.values()
+    total = (loading + running * tokens) * times(plan.values(), lambda other: math.prod(other.shape))
+    total += observing * tokens * times(inputs, lambda other: other.shape[1] ** (2 if _has_moment(other) else 1))
+    total += solving * times(
+        plan.values(), lambda other: math.prod(other.shape) * (other.shape[1] if _has_moment(other) else 1)
+    )
+    return total, layer.name
+
+
+def _has_moment(layer: PlannedLayer) -> bool:
+    return Statistic.SECOND_MOMENT in layer.needs

@@ -1,0 +1,156 @@
+"""The states of suspended forwards on disk, where they are more than the memory that they may take.
+
+A suspended forward holds tensors in its own frames: the residual stream, a layer's input, masks, gates, whatever the
+model's code still needs. Nobody has to know which: all tensors that it made are remembered weakly, and those that are
+still there when it stops are its state. What is moved is their memory, under the same tensor objects, so the model's
+code finds on its return what it left, to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from quantlab.engine.forward import Forward
+from quantlab.errors import CheckpointError
+
+
+class Made(TorchDispatchMode):
+    """While it is entered it remembers every tensor that is made, as long as somebody else does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and remember what it returned."""
+        out = function(*args, **(kwargs or {}))
+        self._tensors += [weakref.ref(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        return out
+
+    def alive(self) -> Iterator[torch.Tensor]:
+        """Those of the tensors that are still there."""
+        pairs = [(reference, reference()) for reference in self._tensors]
+        self._tensors = [reference for reference, tensor in pairs if tensor is not None]
+        yield from (tensor for _, tensor in pairs if tensor is not None)
+
+
+@dataclass(eq=False)
+class _State:
+    """What is known of one forward's state: its tensors, its bytes in memory, and where it is on disk."""
+
+    made: Made
+    held: int = 0
+    offset: int = 0
+    capacity: int = 0
+    away: list[tuple[torch.UntypedStorage, int]] = field(default_factory=list)
+
+
+class Spill:
+    """Puts the states of suspended forwards on disk where they are more than a budget; see the module.
+
+    Args:
+        folder: on the disk to use; the file there has no name, and is gone with the process.
+        budget: bytes of states that may stay in memory; None if all may.
+    """
+
+    def __init__(self, folder: Path, budget: int | None) -> None:
+        self.budget = budget
+        self._folder = folder
+        self._file: Any = None
+        self._end = 0
+        self._states: dict[Forward, _State] = {}
+
+    def watch(self, forward: Forward) -> None:
+        """Take over the care of a forward that has not begun."""
+        if self.budget is not None:
+            state = self._states[forward] = _State(Made())
+            forward.watched_by = state.made
+
+    def rest(self, forward: Forward) -> None:
+        """The forward is suspended: put its state away if there is no room for it.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        state = self._states.get(forward)
+        if state is None or state.away or self.budget is None:
+            return
+        storages = _own_storages(forward, state.made)
+        size = sum(storage.nbytes() for storage in storages)
+        others = sum(other.held for other in self._states.values()) - state.held
+        if others + size <= self.budget:
+            state.held = size
+            return
+        if size > state.capacity:
+            state.offset, state.capacity = self._end, size
+            self._end += size
+        try:
+            at = state.offset
+            for storage in storages:
+                self._move(os.pwrite, storage, at)
+                at += storage.nbytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._folder}: the states of the calibration batches do not fit there ({error.strerror}); free some "
+                "space, give more --memory, or use fewer calibration samples"
+            ) from error
+        state.held, state.away = 0, [(storage, storage.nbytes()) for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+
+    def wake(self, forward: Forward) -> None:
+        """The forward is about to go on, or to be looked at: bring back what was put away."""
+        state = self._states.get(forward)
+        if state is None:
+            return
+        at = state.offset
+        for storage, size in state.away:
+            storage.resize_(size)
+            self._move(os.preadv, storage, at)
+            at += size
+        state.held += sum(size for _, size in state.away)
+        state.away = []
+
+    def close(self) -> None:
+        """Forget all states."""
+        self._states.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def _move(self, move: Any, storage: torch.UntypedStorage, at: int) -> None:
+        """Read or write a storage at a place of the file."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed by close()
+        # A view by way of numpy would forbid for ever that the storage is resized.
+        memory = memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()))
+        done = 0
+        while done < len(memory):
+            rest: Any = memory[done:] if move is os.pwrite else [memory[done:]]
+            count = move(self._file.fileno(), rest, at + done)
+            if count == 0:
+                raise OSError(0, "its file ends early")
+            done += count
+
+
+def _own_storages(forward: Forward, made: Made) -> list[torch.UntypedStorage]:
+    """The memory that a suspended forward holds and nobody else does: weights and buffers are the model's own."""
+    model = forward.model
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own: dict[int, torch.UntypedStorage] = {}
+    for tensor in made.alive():
+        if tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.resizable() and storage.data_ptr() not in shared:
+                own[storage.data_ptr()] = storage
+    return list(own.values())

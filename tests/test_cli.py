@@ -234,7 +234,7 @@ def test_quantize_for_a_person(call, place):
         (["inspect", "absent"], "absent: does not exist"),
         (["inspect", "model", "--set", "sort=size"], "use one of order, name, error, bits, bytes"),
         (["compare", "model"], "Missing option '--grid'"),
-        (["compare", "model", "--grid", "format=int4"], "unknown axis 'format'; axes are formats, groups"),
+        (["compare", "model", "--grid", "format=int4"], "unknown axis 'format'; axes are formats, bits, groups"),
         (["compare", "model", "--grid", "formats=int4 groups=48"], "not divisible by group size 48"),
         (["compare", "model", "--grid", "formats=int4", "--layers", "*.down"], "matches no linear layer"),
         (["compare", "model", "--grid", "formats=int4", "--all", "--blocks", "1"], "give one of them"),

@@ -21,9 +21,9 @@ from quantlab.problem import InputStatistics, Statistic
 
 # Tokens of the first batch that run ahead of the others to see which layers share an input.
 _SCOUT_TOKENS = 32
-# Every fourth batch is not compared with the original model: the comparison costs as much as all the rest. One batch in
+# Every second batch is not compared with the original model: the comparison costs as much as all the rest. One batch in
 # eight is held out of it, to judge what the others say.
-_NOT_COMPARED = 4
+_NOT_COMPARED = 2
 _HELD_OUT = 8
 
 

@@ -112,7 +112,7 @@ def solve(
         stack = list(members)
         stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
         for part in stacks:
-            answers += _solve_stack(part, _stacked([weights[layer.name] for layer in part]), statistics, ranks)
+            answers += _solve_stack(part, [weights[layer.name] for layer in part], statistics, ranks)
     return [_with_note(answer, notes.get(answer.report.layer)) for answer in answers]
 
 
@@ -153,12 +153,12 @@ def _stacked(weights: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _solve_stack(
-    layers: list[PlannedLayer], stacked: torch.Tensor, statistics: InputStatistics | None, ranks: Ranks
+    layers: list[PlannedLayer], weights: list[torch.Tensor], statistics: InputStatistics | None, ranks: Ranks
 ) -> list[Answer]:
     started = time.perf_counter()
+    stacked, rows = _stacked(weights), [len(weight) for weight in weights]
     problem = LayerProblem(" + ".join(layer.name for layer in layers), stacked, statistics)
     solution = _shared_solution(layers[0], problem, ranks)
-    rows = [layer.shape[0] for layer in layers]
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
     losses, energies, metric = _row_errors(stacked, solution, statistics)
     biases = [None] * len(layers) if solution.bias is None else solution.bias.split(rows)

@@ -119,9 +119,11 @@ class Table:
     panel: PanelConfig = PanelConfig(8, 32, 4)
 
 
-# 128 registers a thread let sixteen warps of a multiprocessor wait for memory at a time. Measured on an H100.
-_GEMV = {2: GemvConfig(4, 128, 128), 3: GemvConfig(4, 128, 168), 4: GemvConfig(8, 128, 128), 7: GemvConfig(4, 128, 168),
-         8: GemvConfig(4, 128)}  # fmt: skip
+_GEMV = {2: GemvConfig(8, 128), 3: GemvConfig(4, 128), 4: GemvConfig(8, 128), 7: GemvConfig(4, 128),
+         8: GemvConfig(8, 128)}  # fmt: skip
+# Measured on an H100: 128 registers a thread let sixteen warps of a multiprocessor wait for memory at a time.
+_GEMV_90 = {2: GemvConfig(4, 128, 128), 3: GemvConfig(4, 128, 168), 4: GemvConfig(8, 128, 128),
+            7: GemvConfig(4, 128, 168), 8: GemvConfig(4, 128)}  # fmt: skip
 _GEMM = {16: GemmConfig(16, 64, 128, 2, 3), 32: GemmConfig(32, 64, 128, 2, 3), 64: GemmConfig(64, 64, 128, 4, 3)}
 _WIDE = GemmConfig(64, 128, 128, 4, 3)
 _W8A8 = {16: W8A8Config(16, 128, 128, 4, 4), 64: W8A8Config(64, 128, 128, 4, 3), 0: W8A8Config(128, 128, 128, 8, 3)}
@@ -129,7 +131,7 @@ _W8A8 = {16: W8A8Config(16, 128, 128, 4, 4), 64: W8A8Config(64, 128, 128, 4, 3),
 _LOOKED_UP = {16: GemmConfig(16, 32, 128, 2, 3), 32: GemmConfig(32, 32, 128, 2, 3), 0: GemmConfig(32, 128, 128, 4, 3)}
 _WARP_TENSOR_CORES = Table(_GEMV, _GEMM | {0: _WIDE}, _W8A8, _LOOKED_UP)
 # Tensor cores that take a whole tile (wgmma, tcgen05) keep the sums out of the way: a tile twice as wide fits.
-_TILE_TENSOR_CORES = Table(_GEMV, _GEMM | {0: GemmConfig(128, 128, 128, 4, 3)}, _W8A8, _LOOKED_UP)
+_TILE_TENSOR_CORES = Table(_GEMV_90, _GEMM | {0: GemmConfig(128, 128, 128, 4, 3)}, _W8A8, _LOOKED_UP)
 _ALL_REGISTERS = {2: GemvConfig(8, 128, 255), 3: GemvConfig(4, 128, 255), 4: GemvConfig(8, 128, 255),
                   7: GemvConfig(4, 128, 255), 8: GemvConfig(8, 128, 255)}  # fmt: skip
 

@@ -134,10 +134,10 @@ def test_no_tensor_core_where_one_is_claimed_is_a_fault():
 
 
 def test_more_instructions_than_there_is_time_for_are_a_fault():
-    case = next(case for case in cases("sm_90") if case.kernel == "gemv" and case.format == INT4)
+    case = next(c for c in cases("sm_90") if c.kernel == "gemv" and c.format == Format(8, INTEGER, -128))
     slow = Compiled(64, 0, 0, Counter({"FFMA": 2000, "LDG.E.128": 12}), Counter(), False)
-    assert check.faults(case, slow) == ["issues more than the 4.6 instructions a weight that there is time for"]
-    fast = Compiled(64, 0, 0, Counter({"FFMA": 900, "LDG.E.128": 12}), Counter(), False)
+    assert check.faults(case, slow) == ["issues more than the 9.0 instructions a weight that there is time for"]
+    fast = Compiled(64, 0, 0, Counter({"FFMA": 500, "LDG.E.128": 12}), Counter(), False)
     assert check.faults(case, fast) == []
 
 

@@ -245,7 +245,7 @@ def _comparison(batches: int) -> tuple[list[int], set[int]]:
 
     Without a batch to hold out nothing is compared: nothing could say how far to believe it.
     """
-    compared = [index for index in range(batches) if index % _NOT_COMPARED != _NOT_COMPARED - 1]
+    compared = [index for index in range(batches) if batches == 2 or index % _NOT_COMPARED != _NOT_COMPARED - 1]
     if len(compared) < 2:
         return [], set()
     return compared, {index for index in compared if index % _HELD_OUT == _HELD_OUT - 2} or {compared[-1]}

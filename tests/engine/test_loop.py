@@ -9,6 +9,7 @@ from architectures import tiny_model
 from quantlab.checkpoint.native import read_layer
 from quantlab.checkpoint.source import ModuleSource, open_source
 from quantlab.engine import observe, preflight
+from quantlab.engine import statistics as statistics_of
 from quantlab.engine.architecture import describe, get_weight, set_weight
 from quantlab.engine.journal import Journal
 from quantlab.engine.loop import Run
@@ -183,8 +184,8 @@ def test_the_shift_compares_with_the_original_model(tokens):
             assert statistics.held_out == pytest.approx(len(held_out) / len(compared))
             torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
             for attribute, part in parts.items():
-                x = inputs_of(model, group[0], part)
-                x_o = inputs_of(original, group[0], part)
+                x = inputs_of(model, group[0], part)[:: statistics_of._COMPARED]
+                x_o = inputs_of(original, group[0], part)[:: statistics_of._COMPARED]
                 expected = (x_o - x).T @ x / len(x)
                 torch.testing.assert_close(getattr(statistics, attribute), expected, rtol=1e-3, atol=1e-5)
             for layer in group:

@@ -130,7 +130,9 @@ def test_as_one_process(together, name, original, run):
 def test_as_torchrun_starts_it(original, run, tmp_path):
     model, recipe = CASES["rtn-observed"]
     program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(_PROGRAM.format(path=sys.path, jobs=[(str(original(model)), recipe, str(out))]))
+    program.write_text(
+        _PROGRAM.format(path=[str(Path(__file__).parent), *sys.path], jobs=[(str(original(model)), recipe, str(out))])
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_budget_moves_batches_to_the_disk_and_nothing_else():
 def test_the_command(original, save_tokenizer, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i % 60}" for i in range(4000)))
-    model = original("llama")
+    model = shutil.copytree(original("llama"), tmp_path / "model")
     save_tokenizer(model, 64)
     out = tmp_path / "out"
     options = ["--dry-run", "--calibration", str(text), "--samples", "8", "--length", "32", "--set", "granularity=16"]

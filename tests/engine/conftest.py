@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import VOCABULARY, tiny_model
+from engine_recipes import W4_GPTQ
 
 import quantlab
-
-W4_GPTQ = {"format": "int4", "granularity": 16, "quantizer": "gptq", "scale_dtype": "float16"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import W4_GPTQ
+from engine_recipes import W4_GPTQ
 from safetensors.torch import load_file
 from test_resume import assert_same
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import W4_GPTQ
+from engine_recipes import W4_GPTQ
 
 import quantlab
 from quantlab.cli.app import main

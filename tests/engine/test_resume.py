@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import W4_GPTQ
+from engine_recipes import W4_GPTQ
 
 import quantlab
 from quantlab.checkpoint import writer

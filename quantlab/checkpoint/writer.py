@@ -45,6 +45,11 @@ def shard_name(index: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{index:05d}-of-{total:05d}.safetensors"
 
 
+def weight_bytes(folder: Path) -> int:
+    """Of all weight files of a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 class CheckpointWriter:
     """A model folder in the making.
 

@@ -23,7 +23,7 @@ from quantlab.cli import (
     sweep,
     verify,
 )
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, prepare
+from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, overrides_with_calibration, prepare
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
 
 app = typer.Typer(
@@ -97,8 +97,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model by a recipe and write the result to a folder."""
-    short = {"source": calibration, "samples": samples, "length": length, "seed": seed}
-    overrides = [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (settings or [])
+    overrides = overrides_with_calibration(settings, calibration, samples, length, seed)
     with Output(as_json, quiet) as output:
         from quantlab.cli import show
         from quantlab.cli.progress import Watch, peak_memory, stderr_console, writers

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
+from quantlab.cli.options import MODEL, Json, Quiet, Threads, overrides_with_calibration, prepare
 from quantlab.cli.output import Output
 
 EXAMPLES = (
@@ -55,8 +55,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare formats, methods and scales on some layers: error and bits of every combination, in one pass."""
-    short = {"source": calibration, "samples": samples, "length": length}
-    overrides = [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (settings or [])
+    overrides = overrides_with_calibration(settings, calibration, samples, length)
     with Output(as_json, quiet, on_interrupt=lambda: "interrupted; nothing was written") as output:
         from quantlab.cli import show_comparison
         from quantlab.cli.progress import Watch, stderr_console, writers

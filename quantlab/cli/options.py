@@ -35,6 +35,18 @@ def prepare(threads: int | None, *, quiet: bool) -> None:
             raise QuantlabError(f"QUANTLAB_KERNEL: {error}") from error
 
 
+def overrides_with_calibration(
+    settings: list[str] | None,
+    source: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int | None = None,
+) -> list[str]:
+    """The calibration options that were given as ``--set`` would say them, and then what ``--set`` says."""
+    short = {"source": source, "samples": samples, "length": length, "seed": seed}
+    return [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (settings or [])
+
+
 def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:
     """``key=value`` settings as a mapping; values are YAML. Raises `QuantlabError` for an unknown key."""
     import yaml

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
+from quantlab.cli.options import MODEL, Json, Quiet, Threads, overrides_with_calibration, prepare
 from quantlab.cli.output import Output
 
 EXAMPLES = (
@@ -88,8 +88,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose a scheme for every layer under a budget, and write it as a recipe."""
-    short = {"source": calibration, "samples": samples, "length": length, "seed": seed}
-    overrides = [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (settings or [])
+    overrides = overrides_with_calibration(settings, calibration, samples, length, seed)
     with Output(as_json, quiet, on_interrupt=lambda: "interrupted; no plan was written") as output:
         from quantlab.cli import show_plan
         from quantlab.cli.progress import stderr_console

@@ -19,6 +19,7 @@ from quantlab.checkpoint.native import quantization_config
 from quantlab.checkpoint.requantized import open_decoded, quant_method_of
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
+from quantlab.checkpoint.writer import weight_bytes
 from quantlab.engine import preflight
 from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
@@ -148,7 +149,7 @@ def quantize(
         recipe=chosen,
         reports=reports,
         calibration=job.described,
-        bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        bytes=weight_bytes(out),
         original_bytes=job.original_bytes,
         seconds=time.perf_counter() - started,
         resumed_blocks=len(journal.resumed),

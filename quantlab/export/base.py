@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from quantlab.checkpoint.quantized import DIGEST
+from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
+from quantlab.checkpoint.writer import CheckpointWriter, shard_name
 from quantlab.errors import CheckpointError
 from quantlab.nn import Storage
 from quantlab.numerics import Grid, QTensor, apply_scales, choose_scales, grid
@@ -168,6 +169,23 @@ def copy_digest(source: Path, folder: Path) -> None:
     """Take along what the model said of a few prompts, where that is known: the export is to say the same."""
     if (source / DIGEST).is_file():
         shutil.copyfile(source / DIGEST, folder / DIGEST)
+
+
+def write_parts(
+    writer: CheckpointWriter, source: QuantizedFolder, encoded: Callable[[str], Mapping[str, torch.Tensor]]
+) -> None:
+    """Write a model's shards: what is kept as it is, and of each layer the tensors that ``encoded`` makes of it."""
+    parts = list(source.parts())
+    for index, (layers, kept) in enumerate(parts, 1):
+        tensors = {name: source.files.read(name) for name in kept}
+        for name in layers:
+            tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in encoded(name).items()}
+        writer.write(shard_name(index, len(parts)), tensors)
+
+
+def plain_config(source: QuantizedFolder) -> dict[str, Any]:
+    """The model's config without a word of how we store it."""
+    return {key: value for key, value in source.config.items() if key != "quantization_config"}
 
 
 @contextmanager

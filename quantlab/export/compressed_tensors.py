@@ -17,7 +17,7 @@ from torch import nn
 
 from quantlab.checkpoint.adapter import save_adapter
 from quantlab.checkpoint.quantized import QuantizedFolder
-from quantlab.checkpoint.writer import CheckpointWriter, shard_name
+from quantlab.checkpoint.writer import CheckpointWriter, weight_bytes
 from quantlab.errors import CheckpointError
 from quantlab.export.base import (
     CannotHoldError,
@@ -28,8 +28,10 @@ from quantlab.export.base import (
     fused_sets,
     granularity_of,
     new_folder,
+    plain_config,
     rounded_again,
     usual_group,
+    write_parts,
 )
 from quantlab.export.compressed_layers import DTYPES, EncodedLayer, encode, reason_against, under_common_scale
 from quantlab.nn import Storage
@@ -63,31 +65,28 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
     schemes: dict[str, EncodedLayer] = {}
     with new_folder(out) as folder:
         writer = CheckpointWriter(folder)
-        parts = list(source.parts())
-        for index, (layers, kept) in enumerate(parts, 1):
-            tensors = {name: source.files.read(name) for name in kept}
-            for name in layers:
-                if not isinstance(modules[name], nn.Linear):
-                    tensors[f"{name}.weight"] = _dense(source.layer(name), modules[name], source.dtype)
-                    done.append(ExportedLayer(name, "dense", False, "decoded: the format quantizes linear layers only"))
-                    continue
-                qtensor, moved = _under_common(source.layer(name), common.get(name))
-                encoded, report = _encoded(name, qtensor, source.dtype, requantize, usual)
-                if moved and report.exact:
-                    report = replace(report, exact=False, note="rounded again: under a global scale of its fused set")
-                tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in encoded.tensors.items()}
-                kept_of_it = {key: value for key, value in encoded.tensors.items() if value.numel() == 1}
-                schemes[name] = replace(encoded, tensors=kept_of_it)
-                done.append(report)
-            writer.write(shard_name(index, len(parts)), tensors)
+
+        def tensors_of(name: str) -> Mapping[str, torch.Tensor]:
+            if not isinstance(modules[name], nn.Linear):
+                done.append(ExportedLayer(name, "dense", False, "decoded: the format quantizes linear layers only"))
+                return {"weight": _dense(source.layer(name), modules[name], source.dtype)}
+            qtensor, moved = _under_common(source.layer(name), common.get(name))
+            encoded, report = _encoded(name, qtensor, source.dtype, requantize, usual)
+            if moved and report.exact:
+                report = replace(report, exact=False, note="rounded again: under a global scale of its fused set")
+            kept_of_it = {key: value for key, value in encoded.tensors.items() if value.numel() == 1}
+            schemes[name] = replace(encoded, tensors=kept_of_it)
+            done.append(report)
+            return encoded.tensors
+
+        write_parts(writer, source, tensors_of)
         if fused == "server":
             _check_fused(schemes)
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        writer.finish(config, _config(schemes, linear), source.folder)
+        writer.finish(plain_config(source), _config(schemes, linear), source.folder)
         notes = _save_corrections(source, folder, out) if not requantize else ()
         copy_digest(source.folder, folder)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        size = weight_bytes(folder)
     return Export(out, "compressed-tensors", tuple(done), size, notes)
 
 

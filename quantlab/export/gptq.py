@@ -19,7 +19,7 @@ from torch import nn
 
 from quantlab.checkpoint.adapter import save_adapter
 from quantlab.checkpoint.quantized import QuantizedFolder
-from quantlab.checkpoint.writer import CheckpointWriter, shard_name
+from quantlab.checkpoint.writer import CheckpointWriter, weight_bytes
 from quantlab.errors import CheckpointError
 from quantlab.export.base import (
     CannotHoldError,
@@ -31,9 +31,11 @@ from quantlab.export.base import (
     granularity_of,
     integers_of,
     new_folder,
+    plain_config,
     rounded_again,
     same_in,
     usual_group,
+    write_parts,
 )
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor, decode_scales
@@ -72,22 +74,20 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, vers
     kinds: dict[str, _Kind] = {}
     with new_folder(out) as folder:
         writer = CheckpointWriter(folder)
-        parts = list(source.parts())
-        for index, (layers, kept) in enumerate(parts, 1):
-            tensors = {name: source.files.read(name) for name in kept}
-            for name in layers:
-                made, kinds[name], report = _encoded(name, source.layer(name), version, requantize, usual)
-                tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in made.items()}
-                done.append(report)
-            writer.write(shard_name(index, len(parts)), tensors)
+
+        def encoded(name: str) -> dict[str, torch.Tensor]:
+            made, kinds[name], report = _encoded(name, source.layer(name), version, requantize, usual)
+            done.append(report)
+            return made
+
+        write_parts(writer, source, encoded)
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         described = _config(kinds, linear, version)
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         writer.write_json("quantize_config.json", described)
-        writer.finish(config, described, source.folder)
+        writer.finish(plain_config(source), described, source.folder)
         notes = _notes(source, folder, out, described, requantize)
         copy_digest(source.folder, folder)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        size = weight_bytes(folder)
     return Export(out, "gptq", tuple(done), size, notes)
 
 

@@ -22,7 +22,7 @@ from quantlab.checkpoint.native import QUANT_METHOD
 from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
-from quantlab.checkpoint.writer import CheckpointWriter
+from quantlab.checkpoint.writer import CheckpointWriter, weight_bytes
 from quantlab.errors import CheckpointError
 from quantlab.verification import checks
 from quantlab.verification.digest import Digest, prompts_for
@@ -213,7 +213,7 @@ def _quant_method(folder: Path) -> str | None:
 
 def _bytes_needed(folder: Path) -> int:
     """A guess of what loading takes: other formats' layers are decoded by transformers when they first run."""
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = weight_bytes(folder)
     return int(stored * (1.3 if _quant_method(folder) in (QUANT_METHOD, None) else 5)) + (1 << 29)
 
 

@@ -37,16 +37,14 @@ def errors(
 
     The limit is the rounding of the result, of scales and weights to ``dtype``, and of 16-entry tables.
     """
-    from quantlab_kernels.gpu import prepare, product
+    from quantlab_kernels.gpu import product
 
     found = {}
     for columns, group in ((1024, 128), (576, 64), (100, 100)):
         if columns // group > 1 and group % 32:
             continue
         tensors = Tensors.random(subject, 264, columns, group, device)
-        weight = prepare(
-            tensors.codes, tensors.scales, tensors.zeros, subject.table, subject.bits, subject.offset, columns
-        )
+        weight = tensors.prepared(subject)
         allowed = 4 * torch.finfo(dtype).eps / 2
         for count in rows:
             x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(device, dtype)
@@ -78,7 +76,7 @@ def errors_w8a8(kind: torch.dtype, dtype: torch.dtype, device: torch.device) -> 
 
 def checked(name: str, dtype: torch.dtype, speed: bool) -> dict[str, float]:
     """:func:`errors` of the subject of that name. With ``speed``, the kernels that will be timed are compiled too."""
-    from quantlab_kernels.gpu import prepare, product
+    from quantlab_kernels.gpu import product
 
     device = torch.device("cuda", torch.cuda.current_device())
     if name in _W8A8:
@@ -86,10 +84,7 @@ def checked(name: str, dtype: torch.dtype, speed: bool) -> dict[str, float]:
     subject = next(one for one in subjects() if one.name == name)
     if speed and name in FORMATS and dtype == torch.float16:
         for outputs, columns in SHAPES:
-            stored = Tensors.random(subject, outputs, columns, GROUP, device)
-            weight = prepare(
-                stored.codes, stored.scales, stored.zeros, subject.table, subject.bits, subject.offset, columns
-            )
+            weight = Tensors.random(subject, outputs, columns, GROUP, device).prepared(subject)
             for count in TIMED_ROWS:
                 product(torch.zeros(count, columns, dtype=dtype, device=device), weight)
     return errors(subject, dtype, device)

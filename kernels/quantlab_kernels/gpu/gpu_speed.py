@@ -167,7 +167,7 @@ def timings(
         time: see :data:`Timer`.
         launch: milliseconds that the host needs for a call.
     """
-    from quantlab_kernels.gpu import prepare, product
+    from quantlab_kernels.gpu import product
 
     bandwidth = stream_bandwidth(device, time)
     yield {"stream_bytes_per_second": bandwidth}
@@ -175,10 +175,7 @@ def timings(
         if subject.name not in formats:
             continue
         for outputs, columns in shapes:
-            stored = Tensors.random(subject, outputs, columns, GROUP, device)
-            first = prepare(
-                stored.codes, stored.scales, stored.zeros, subject.table, subject.bits, subject.offset, columns
-            )
+            first = Tensors.random(subject, outputs, columns, GROUP, device).prepared(subject)
             weights = [first, *(copied(first) for _ in range(copies(first.words.nbytes, device) - 1))]
             ours: list[Product] = [lambda x, weight=weight: product(x, weight) for weight in weights]  # type: ignore[misc]
             others = {name: _made(make, outputs * columns, device) for name, make in

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from quantlab_kernels.packing import pack
+
+if TYPE_CHECKING:
+    from quantlab_kernels.gpu.weight import GpuWeight
 
 _NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 _NF4_UP = (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0)
@@ -77,3 +81,10 @@ class Tensors:
         stored = pack(codes, subject.bits), scales.half(), zeros
         exact = weight * (scales.half().double() / scales.double()).repeat_interleave(group, 1)
         return cls(*(None if t is None else t.to(device) for t in (*stored, exact)))  # type: ignore[arg-type]
+
+    def prepared(self, subject: Subject) -> GpuWeight:
+        """As the kernels read it."""
+        from quantlab_kernels.gpu import prepare
+
+        columns = self.weight.shape[1]
+        return prepare(self.codes, self.scales, self.zeros, subject.table, subject.bits, subject.offset, columns)

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .builtin_text import code_documents, reference_documents
+from .builtin_text import code_documents, general_documents
 from .errors import EvalError
 
 BUILTIN = ("builtin", "builtin:eval", "python-code", "python-code:eval")
@@ -61,7 +61,8 @@ def load_documents(source: str | Sequence[str], *, limit: int | None = None) -> 
 def load_text(source: str | Sequence[str], *, limit: int | None = None) -> TextSource:
     """Read a source of text, with a note of where it came from.
 
-    * `builtin`, `builtin:eval`: CPython's language reference, one document a topic;
+    * `builtin`, `builtin:eval`: CPython's language reference, one document a topic, to calibrate with mixed with
+      prose of the public domain;
     * `python-code`, `python-code:eval`: the standard library, one document a file;
     * a path: the file is one document; a `.jsonl`, `.ndjson` or `.json` file holds one object a line, with
       the document in the field `text`, or in another one: `path.jsonl:field`;
@@ -120,10 +121,11 @@ def _load_named(source: str, limit: int | None) -> TextSource:
 
 def _load_builtin(source: str, limit: int | None) -> TextSource:
     name, _, wanted = source.partition(":")
-    load = reference_documents if name == "builtin" else code_documents
+    load = general_documents if name == "builtin" else code_documents
     what = "language reference" if name == "builtin" else "standard library"
     documents = load("eval" if wanted else "calibration")[:limit]
     origin = f"CPython {platform.python_version()}, {what}, {wanted or 'calibration'} part"
+    origin += ", and prose" if source == "builtin" else ""
     return TextSource(source, origin, tuple(documents))
 
 

@@ -14,11 +14,11 @@ def passages(documents, length, step):
             yield text[start : start + length]
 
 
-@pytest.mark.parametrize("name", ["builtin", "python-code"])
-def test_parts_share_no_passage_and_weigh_two_to_one(name):
+@pytest.mark.parametrize(("name", "most"), [("builtin", 0.2), ("python-code", 0.39)])
+def test_parts_share_no_passage_and_most_is_to_calibrate_with(name, most):
     calibration, evaluation = load_documents(name), load_documents(f"{name}:eval")
     share = sum(map(len, evaluation)) / sum(map(len, calibration + evaluation))
-    assert 0.28 < share < 0.39
+    assert most - 0.11 < share < most
     assert sum(map(len, calibration)) > 200_000
     # Every 20th passage of one part at every position of the other: what they may share is below 220.
     of_evaluation = set(passages(evaluation, 200, 20))
@@ -29,6 +29,16 @@ def test_parts_share_no_passage_and_weigh_two_to_one(name):
 def test_builtin_is_prose_and_code_is_code():
     assert any("statement" in document for document in load_documents("builtin:eval"))
     assert all("\ndef " in d or "\nclass " in d or "import" in d for d in load_documents("python-code", limit=5))
+
+
+def test_few_documents_of_builtin_are_both_prose_and_reference():
+    first = load_documents("builtin", limit=40)
+    reference = [document for document in first if "\n***" in document or "\n===" in document or "::" in document]
+    speeches = [document for document in first if "Congress" in document or "Nation" in document]
+    assert len(reference) >= 5
+    assert len(speeches) >= 5
+    assert not any("Ahab" in document for document in load_documents("builtin:eval"))
+    assert "prose" in load_text("builtin", limit=1).origin
 
 
 def test_limit_takes_the_first_and_origin_is_told():

@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from quantized_folders import decoded, quantized
+from tokenizers_like import byte_level
 from transformers import AutoModelForCausalLM, GPTQConfig
 
 from quantlab.export import export
@@ -20,9 +21,10 @@ pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
 
 
 @pytest.fixture(autouse=True)
-def _as_written(monkeypatch):
+def _as_written():
     """Without the compilation of every layer, which takes minutes."""
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -92,5 +94,6 @@ def test_gptqmodel_loads_a_folder(changes, version, tmp_path):
 
     folder = quantized(tmp_path, changes)
     export(folder, "gptq", tmp_path / "gptq", settings={} if version is None else {"version": version})
+    byte_level("gpt-2").save_pretrained(tmp_path / "gptq")
     model = GPTQModel.load(str(tmp_path / "gptq"), device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH).model
     same_weights(model, folder)

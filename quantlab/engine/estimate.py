@@ -171,9 +171,9 @@ def _to_solve(layers: list[PlannedLayer]) -> tuple[int, int, int]:
     width, rows = layers[0].shape[1], sum(layer.shape[0] for layer in layers)
     shifted = any(Statistic.SHIFT in layer.needs for layer in layers)
     matrix = _FLOAT * width**2 if any(_has_moment(layer) for layer in layers) else 0
-    matrices = 4 if shifted else 2  # the moment and its factor; two shifts
+    matrices, movable = (5, 3) if shifted else (2, 1)  # the moment and its factor; a solve's own copy, and two shifts
     weights = rows * width * (_FLOAT * (2 if shifted else 1) + 1)  # as they are, their target; codes
-    return matrices * matrix, weights + _FLOAT * _COPIES * min(rows * width, _CHUNK), (matrices - 1) * matrix
+    return matrices * matrix, weights + _FLOAT * _COPIES * min(rows * width, _CHUNK), movable * matrix
 
 
 def _solved_together(plan: Plan) -> list[list[PlannedLayer]]:

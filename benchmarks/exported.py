@@ -3,8 +3,9 @@
     python benchmarks/exported.py DIR TEXT NAME=PATH... [--windows 2] [--length 1024]
 
 `NAME` says who loads: quantlab (`quantlab.load`), transformers (plain `from_pretrained`, nothing of quantlab imported),
-transformers-gguf (`from_pretrained(gguf_file=...)`), llama.cpp (`llama_cpp`, of an optional installation). All score
-the same token ids, in float32 where the loader lets one choose.
+transformers-gguf (`from_pretrained(gguf_file=...)`), transformers-gptq (`from_pretrained` by way of optimum and
+GPTQModel's plain kernel), llama.cpp (`llama_cpp`; both of an optional installation). All score the same token ids, in
+float32 where the loader lets one choose.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_LOADERS = ("quantlab", "transformers", "transformers-gguf", "llama.cpp")
+_LOADERS = ("quantlab", "transformers", "transformers-gguf", "transformers-gptq", "llama.cpp")
 
 
 def score(name: str, path: str, windows: list[list[int]]) -> float:
@@ -41,6 +42,12 @@ def score(name: str, path: str, windows: list[list[int]]) -> float:
         model = quantlab.load(path, dtype=torch.float32)
     elif name == "transformers":
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    elif name == "transformers-gptq":
+        from transformers import GPTQConfig
+
+        torch.compiler.set_stance("force_eager")  # compiling every layer takes minutes
+        plain = GPTQConfig(bits=4, backend="gptq_torch")  # the bits are the folder's
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=plain).eval()
     else:
         file = Path(path)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,18 @@ class Statistic(enum.Flag):
     MAGNITUDE = enum.auto()  # max over sequences of E|x_j|
 
 
+class Rows(Protocol):
+    """A float32 matrix that is read and written some rows at a time: a tensor, or one that waits on the disk."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Rows and columns."""
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
+
+    def __setitem__(self, rows: slice, values: torch.Tensor, /) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
     """What was kept of the inputs of one or several layers; what nobody asked for is None.
@@ -36,16 +49,19 @@ class InputStatistics:
         held_out: that part's share of the tokens of ``shift``.
         mean: ``E[x]``, float32 ``[in]``.
         magnitude: ``E|x_j|`` of the sequence where it is largest, float32 ``[in]``.
+        spare: ``[in, in]`` on the disk, where the second moment can wait while a method works in its memory, to be put
+            back as it was; None: there is memory for both.
     """
 
     tokens: int
     second_moment: torch.Tensor | None = None
     diagonal: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-    held_out_shift: torch.Tensor | None = None
+    shift: Rows | None = None
+    held_out_shift: Rows | None = None
     held_out: float = 0.0
     mean: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    spare: Rows | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,17 +78,24 @@ def _decoded_by_transformers(folder: Path) -> ModuleSource:
             options["quantization_config"] = getattr(transformers, _DEQUANTIZING[method])(dequantize=True)
         kind = model_class(config, folder)
         loaded: Any = kind.from_pretrained(folder, **options)
-        try:
-            loaded = loaded.dequantize()
-        except (NotImplementedError, AttributeError):  # decoded as it was loaded, or when it first runs
-            with torch.no_grad():
-                loaded(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        if method not in _DEQUANTIZING:
+            loaded = _dequantized(loaded)
     except CheckpointError:
         raise
     except Exception as error:  # each quantizer raises its own kinds
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}: transformers cannot decode its {method} weights here ({reason})") from error
     return ModuleSource(_plain(folder, copy.deepcopy(config), loaded, str(method)), folder)
+
+
+def _dequantized(model: Any) -> Any:
+    """The model with plain layers, in place; some quantizers put them there when it first runs."""
+    try:
+        return model.dequantize()
+    except (NotImplementedError, AttributeError):
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        return model
 
 
 def _plain(folder: Path, config: Any, loaded: PreTrainedModel, method: str) -> PreTrainedModel:

@@ -118,7 +118,7 @@ def estimated(estimate: Estimate, model: str, recipe: str) -> Iterator[Renderabl
     }
     shares = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
     table.add_row("memory", f"about {size(memory.total)} at the peak: {shares}")
-    spilled = f", and {size(estimate.spilled)} of batches while it runs" if estimate.spilled else ""
+    spilled = f", and {size(estimate.spilled)} of batches and statistics while it runs" if estimate.spilled else ""
     table.add_row("disk", f"about {size(estimate.disk)}{spilled}")
     table.add_row("time", f"about {clock(estimate.seconds)}, from timing {estimate.timed}")
     yield Text(f"{model} by {recipe}: nothing was done yet", style="bold")

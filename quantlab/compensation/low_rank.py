@@ -184,7 +184,7 @@ def _moved(problem: LayerProblem, weight: torch.Tensor) -> LayerProblem:
     """The problem of rounding ``weight``, which is the target already: no method may shift it again."""
     statistics = problem.statistics
     if statistics is not None and statistics.shift is not None:
-        nothing = statistics.shift.new_zeros(()).expand_as(statistics.shift)
+        nothing = weight.new_zeros(()).expand(statistics.shift.shape)
         statistics = replace(statistics, shift=nothing, held_out_shift=None)
     return replace(problem, weight=weight, statistics=statistics)
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -26,6 +26,9 @@ Plan = dict[str, PlannedLayer]
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FLOAT = 4
+# Weights that a method works on at once, and how many copies of them it makes, about.
+_CHUNK = 1 << 23
+_COPIES = 8
 # Tokens that are timed: enough to tell, few enough to wait for.
 _TIMED_TOKENS = 512
 
@@ -38,8 +41,10 @@ class Memory:
         libraries: what this process holds already.
         weights: one block, and its twin where one runs beside it, or what is outside the blocks if that is more.
         states: of the suspended calibration batches.
-        statistics: of one layer's inputs.
-        solving: a layer's weight in float32, and what the method makes of it.
+        statistics: of the input of layers that are solved together, and the factor of the second moment.
+        solving: their weight in float32, and what the method makes of it.
+        movable: bytes of the statistics that can wait on the disk, one matrix of them being in use at a time.
+        waiting: bytes of statistics that do; they are counted nowhere else.
     """
 
     libraries: int
@@ -47,6 +52,8 @@ class Memory:
     states: int
     statistics: int
     solving: int
+    movable: int = 0
+    waiting: int = 0
 
     @property
     def own(self) -> int:
@@ -60,24 +67,26 @@ class Memory:
 
     @property
     def without_states(self) -> int:
-        """What no disk can take over."""
+        """All but the batches, which the disk can take over."""
         return self.total - self.states
 
     def within(self, budget: int) -> Memory:
-        """The same with states on disk, as many as it takes.
+        """The same with states on disk, as many as it takes, and with statistics if that does not suffice.
 
         Raises:
             PreflightError: what is left is more than the budget.
         """
-        needed = self.without_states
+        waiting = self.movable if self.without_states > budget else 0
+        needed, statistics = self.without_states - waiting, self.statistics - waiting
         if needed > budget:
             raise PreflightError(
-                f"memory {budget / 1e9:.2f} GB: this run needs about {needed / 1e9:.2f} GB with all its batches on "
-                f"disk ({self.libraries / 1e9:.2f} for the libraries, {self.weights / 1e9:.2f} for a block, "
-                f"{(self.statistics + self.solving) / 1e9:.2f} to solve its widest layer); give it that much, or "
+                f"memory {budget / 1e9:.2f} GB: this run needs about {needed / 1e9:.2f} GB with its batches and "
+                f"statistics on disk ({self.libraries / 1e9:.2f} for the libraries, {self.weights / 1e9:.2f} for a "
+                f"block, {(statistics + self.solving) / 1e9:.2f} to solve its largest layers); give it that much, or "
                 "choose a recipe that needs less"
             )
-        return Memory(self.libraries, self.weights, min(self.states, budget - needed), self.statistics, self.solving)
+        states = min(self.states, budget - needed)
+        return replace(self, states=states, statistics=statistics, movable=self.movable - waiting, waiting=waiting)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class Estimate:
         blocks: of the model.
         memory: at the peak.
         disk: bytes of the result.
-        spilled: bytes of batches on disk while it runs.
+        spilled: bytes of batches and statistics on disk while it runs.
         seconds: about, from timing one layer on this machine.
         timed: which layer that was.
         calibration: how the calibration data came about; empty if none is needed.
@@ -141,22 +150,38 @@ def memory_needs(plan: Plan, architecture: Architecture, model: nn.Module, token
     codes = max(_by_block(plan).values(), default=0)  # a byte each until the block is written
     widest, narrowest = (pick(layer.shape[1] for layer in plan.values()) for pick in (max, min))
     element = next(model.parameters()).element_size()
-    largest = max(layer.shape[0] * layer.shape[1] for layer in plan.values())
-    solving = _FLOAT * 3 * largest // 2
-    statistics = 0
+    together = _solved_together(plan)
     if tokens:
-        moments = [layer.shape[1] for layer in plan.values() if Statistic.SECOND_MOMENT in layer.needs]
-        widest_moment = max(moments, default=0)
-        statistics = _FLOAT * widest_moment**2 * (3 if shifted else 1)
-        # Layers with one input are solved as one: often two as large. A factor of the moment, and often a target.
-        solving = _FLOAT * (max(widest_moment**2, largest) + (3 if shifted else 2) * largest)
+        statistics, solving, movable = max((_to_solve(layers) for layers in together), key=lambda parts: sum(parts[:2]))
+    else:
+        statistics = movable = 0
+        solving = _FLOAT * 3 * max(layer.shape[0] * layer.shape[1] for layer in plan.values()) // 2
     return Memory(
         libraries=psutil.Process().memory_info().rss,
         weights=max(outside, twins * block + (codes if tokens else 0)),
         states=twins * tokens * (widest + narrowest) * element,  # the residual stream, and the widest input
         statistics=statistics,
         solving=solving,
+        movable=movable,
     )
+
+
+def _to_solve(layers: list[PlannedLayer]) -> tuple[int, int, int]:
+    """Bytes of statistics (with a factor), of weights and what is made of them, and how many of the first can wait."""
+    width, rows = layers[0].shape[1], sum(layer.shape[0] for layer in layers)
+    shifted = any(Statistic.SHIFT in layer.needs for layer in layers)
+    matrix = _FLOAT * width**2 if any(_has_moment(layer) for layer in layers) else 0
+    matrices, movable = (5, 3) if shifted else (2, 1)  # the moment and its factor; a solve's own copy, and two shifts
+    weights = rows * width * (_FLOAT * (2 if shifted else 1) + 1)  # as they are, their target; codes
+    return matrices * matrix, weights + _FLOAT * _COPIES * min(rows * width, _CHUNK), movable * matrix
+
+
+def _solved_together(plan: Plan) -> list[list[PlannedLayer]]:
+    """Layers that share their input, mostly: those of one module and width."""
+    together: dict[tuple[str, int], list[PlannedLayer]] = {}
+    for layer in plan.values():
+        together.setdefault((layer.name.rpartition(".")[0], layer.shape[1]), []).append(layer)
+    return list(together.values())
 
 
 def result_size(plan: Plan, model: nn.Module) -> int:
@@ -197,7 +222,7 @@ def estimate(
         blocks=len(architecture.blocks),
         memory=memory,
         disk=result_size(plan, model),
-        spilled=max(0, full.states - memory.states),
+        spilled=max(0, full.states - memory.states) + memory.waiting,
         seconds=seconds,
         timed=timed,
         calibration=calibration,
@@ -262,8 +287,7 @@ def _seconds(plan: Plan, source: ModelSource, model: nn.Module, tokens: int) -> 
     def times(layers: Iterable[PlannedLayer], work: Callable[[PlannedLayer], float]) -> float:
         return sum(map(work, layers)) / work(layer)
 
-    # Layers of one module and width mostly share their input.
-    inputs = {(other.name.rpartition(".")[0], other.shape[1]): other for other in plan.values()}.values()
+    inputs = [layers[-1] for layers in _solved_together(plan)]
     total = (loading + running * tokens) * times(plan.values(), lambda other: math.prod(other.shape))
     total += observing * tokens * times(inputs, lambda other: other.shape[1] ** (2 if _has_moment(other) else 1))
     total += solving * times(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
 from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import Answer, PlannedLayer, solve
-from quantlab.engine.spill import Spill
+from quantlab.engine.spill import DiskMatrix, Spill
 from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 from quantlab.problem import InputStatistics, Statistic
@@ -52,6 +52,7 @@ class Run:
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
         states: bytes of suspended batches that may be in memory, the others go to the disk; None: all stay.
+        statistics_wait: statistics wait on the disk while they are not in use.
         ranks: the processes that share the run.
     """
 
@@ -64,6 +65,7 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
     states: int | None = None
+    statistics_wait: bool = False
     ranks: Ranks = ALONE
 
     @torch.no_grad()
@@ -95,10 +97,11 @@ class Run:
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
         sample = None if self.rescaling is None else self.rescaling.sample
         spill = Spill(self.journal.folder, self.states)
+        disk = partial(DiskMatrix, self.journal.folder) if self.statistics_wait else None
         with (
             self._embeddings_on_demand(models, lookups),
             Calibration(
-                self.model, original, self.architecture, self.batches, list(waiting), sample, spill, self.ranks
+                self.model, original, self.architecture, self.batches, list(waiting), sample, spill, self.ranks, disk
             ) as calibration,
         ):
             self._unload(OUTSIDE, models)

@@ -16,7 +16,7 @@ from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.forward import Forward, shared_inputs, watched
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.spill import Spill
-from quantlab.engine.statistics import InputAccumulator
+from quantlab.engine.statistics import InputAccumulator, OnDisk
 from quantlab.problem import InputStatistics, Statistic
 
 # Tokens of the first batch that run ahead of the others to see which layers share an input.
@@ -39,6 +39,7 @@ class Calibration:
         sample: token ids that go ahead of the batches, see :meth:`look_ahead`; None if nobody will.
         spill: where the states of batches go that memory has no room for; None: they stay.
         ranks: the processes that share the batches.
+        disk: where statistics wait that are not in use; None: in memory.
 
     A context manager: leaving it cancels the forwards and removes the hooks.
     """
@@ -53,7 +54,9 @@ class Calibration:
         sample: torch.Tensor | None = None,
         spill: Spill | None = None,
         ranks: Ranks = ALONE,
+        disk: OnDisk | None = None,
     ) -> None:
+        self._disk = disk
         self.models = [model] if original is None else [model, original]
         self._architecture = architecture
         self._blocks = set(architecture.blocks)
@@ -139,7 +142,7 @@ class Calibration:
                 divided by before the two are compared.
         """
         self._divisors = divisors or {}
-        groups = [_Group([layer]) for layer in layers]
+        groups = [_Group([layer], self._disk) for layer in layers]
         if self.standing_before() in self._blocks:
             groups = self._group(layers)
         self._open = {layer.name: group for group in groups for layer in group.layers}
@@ -182,7 +185,7 @@ class Calibration:
             # Experts see tokens of their own, even where a few tokens of a scout cannot show it.
             shared = layer.name in group_of and layer.name not in self._architecture.routed
             key = group_of[layer.name][0] if shared else layer.name
-            groups.setdefault(key, _Group([])).layers.append(layer)
+            groups.setdefault(key, _Group([], self._disk)).layers.append(layer)
         return list(groups.values())
 
     def _scout_ahead(self) -> None:
@@ -256,6 +259,7 @@ class _Group:
     """Layers that share an input, and what is known of it so far."""
 
     layers: list[PlannedLayer]
+    disk: OnDisk | None = None
     _accumulator: InputAccumulator | None = None
 
     @property
@@ -272,8 +276,11 @@ class _Group:
     def add(self, x: torch.Tensor | None) -> None:
         assert x is not None
         if self._accumulator is None:
-            self._accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], x.device)
+            self._accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], x.device, self._disk(x))
         self._accumulator.add(x)
+
+    def _disk(self, x: torch.Tensor) -> OnDisk | None:
+        return self.disk if x.device.type == "cpu" else None  # what is elsewhere takes no memory of the process
 
     def compare(self, x: torch.Tensor | None, original: torch.Tensor | None, held_out: bool) -> None:
         assert self._accumulator is not None
@@ -284,7 +291,7 @@ class _Group:
     def finish(self, ranks: Ranks) -> InputStatistics:
         accumulator, self._accumulator = self._accumulator, None
         if accumulator is None:  # no batch of this rank came here, but one of another's
-            accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1])
+            accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], disk=self.disk)
         if ranks.size > 1:
             accumulator.join(ranks)
         return accumulator.finish()

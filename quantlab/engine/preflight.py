@@ -122,7 +122,8 @@ def check_resources(
         model: its skeleton.
         tokens: of the calibration data; 0 if no layer needs any.
         out: where the result will be.
-        budget: bytes of memory that the process may take; batches that do not fit go to the disk. None: they all stay.
+        budget: bytes of memory that the process may take; batches and statistics that do not fit go to the disk.
+            None: they all stay.
 
     Raises:
         PreflightError: says what is needed, what is there, and what takes less.
@@ -132,7 +133,7 @@ def check_resources(
         memory = whole.within(budget)
     refuse_memory(memory.own, psutil.virtual_memory().available)
     existing = next(parent for parent in out.absolute().parents if parent.exists())
-    needed = result_size(plan, model) + whole.states - memory.states
+    needed = result_size(plan, model) + whole.states - memory.states + memory.waiting
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise PreflightError(
@@ -153,6 +154,6 @@ def refuse_memory(needed: int, available: int) -> None:
     if needed > available:
         raise PreflightError(
             f"the run needs about {needed / _GIB:.1f} GiB of memory and {available / _GIB:.1f} GiB are free; use "
-            "fewer calibration tokens, for example --set calibration.samples=16, let batches wait on the disk with "
-            "--memory, or close other programs"
+            "fewer calibration tokens, for example --set calibration.samples=16, let batches and statistics wait on "
+            "the disk with --memory, or close other programs"
         )

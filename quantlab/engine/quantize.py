@@ -104,8 +104,8 @@ def quantize(
         restart: throw away what an interrupted run left.
         overwrite: replace a result that is already there.
         requantize: take a model that is quantized already, and round what it decodes to.
-        memory: what this process may take, in bytes or like ``2GB``: calibration batches for which there is no room
-            wait on the disk of ``out``, and the result is the same to the byte. None: all stay in memory.
+        memory: what this process may take, in bytes or like ``2GB``: calibration batches and statistics for which
+            there is no room wait on the disk of ``out``, and the result is the same to the byte. None: all stay.
 
     Raises:
         QuantlabError: names the layer or argument, the value and the remedy; before any work where that is possible.
@@ -138,6 +138,7 @@ def quantize(
             run = Run(job.source, job.skeleton, job.architecture, plan, job.batches, journal, progress, job.rescaling)
             run.ranks = ranks
             run.states = None if budget is None else budget - needed.without_states
+            run.statistics_wait = needed.waiting > 0
             run.execute()
         except BaseException:
             journal.abandon()

@@ -1,4 +1,4 @@
-"""The states of suspended forwards on disk, where they are more than the memory that they may take.
+"""The states of suspended forwards on disk, and statistics, where they are more than the memory that they may take.
 
 A suspended forward holds tensors in its own frames: the residual stream, a layer's input, masks, gates, whatever the
 model's code still needs. Nobody has to know which: all tensors that it made are remembered weakly, and those that are
@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from quantlab.engine.forward import Forward
 from quantlab.errors import CheckpointError
+
+_FLOAT = 4
 
 
 class Made(TorchDispatchMode):
@@ -132,15 +134,64 @@ class Spill:
         """Read or write a storage at a place of the file."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed by close()
-        # A view by way of numpy would forbid for ever that the storage is resized.
-        memory = memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()))
-        done = 0
-        while done < len(memory):
-            rest: Any = memory[done:] if move is os.pwrite else [memory[done:]]
-            count = move(self._file.fileno(), rest, at + done)
-            if count == 0:
-                raise OSError(0, "its file ends early")
-            done += count
+        _transfer(move, self._file, storage.data_ptr(), storage.nbytes(), at)
+
+
+class DiskMatrix:
+    """A float32 matrix on the disk, of zeros to begin with, read and written some rows at a time.
+
+    Its file has no name, and is gone with the object.
+
+    Args:
+        folder: on the disk to use.
+        shape: of the matrix.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
+        self.shape = torch.Size(shape)
+        self._folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when nobody has it any more
+        os.ftruncate(self._file.fileno(), self.shape.numel() * _FLOAT)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """A copy of some rows that lie together."""
+        start, stop, _ = rows.indices(self.shape[0])
+        values = torch.empty(stop - start, self.shape[1])
+        self._move(os.preadv, values, start)
+        return values
+
+    def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
+        """Replace rows that lie together.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        start, stop, _ = rows.indices(self.shape[0])
+        if values.shape != (stop - start, self.shape[1]):
+            raise ValueError(f"rows {start} to {stop} of {tuple(self.shape)}: {tuple(values.shape)} numbers")
+        try:
+            self._move(os.pwrite, values.float().contiguous(), start)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._folder}: the statistics of a layer do not fit there ({error.strerror}); free some space, or "
+                "give more --memory"
+            ) from error
+
+    def _move(self, move: Any, values: torch.Tensor, row: int) -> None:
+        _transfer(move, self._file, values.data_ptr(), values.nbytes, row * self.shape[1] * _FLOAT)
+
+
+def _transfer(move: Any, file: Any, address: int, size: int, at: int) -> None:
+    """Read or write some memory at a place of a file."""
+    # A view of a tensor by way of numpy would forbid for ever that its storage is resized.
+    memory = memoryview((ctypes.c_char * size).from_address(address))
+    done = 0
+    while done < size:
+        rest: Any = memory[done:] if move is os.pwrite else [memory[done:]]
+        count = move(file.fileno(), rest, at + done)
+        if count == 0:
+            raise OSError(0, "its file ends early")
+        done += count
 
 
 def _own_storages(forward: Forward, made: Made) -> list[torch.UntypedStorage]:

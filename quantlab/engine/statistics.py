@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from quantlab.engine.distributed import Ranks
-from quantlab.problem import InputStatistics, Statistic
+from quantlab.problem import InputStatistics, Rows, Statistic
+
+OnDisk = Callable[[tuple[int, int]], Rows]
+"""Makes a matrix of zeros on the disk."""
 
 # Tokens a product, and columns a panel, of the second moment: see `_add_product`.
 _TOKENS = 512
 _PANEL = 192
+# Rows of a matrix that are worked on at once: what is on the disk comes and goes in such pieces.
+_ROWS = 512
 # Every second token is compared with the original model: its neighbours say much the same, and the products are full
 # ones, where those of a second moment are half.
 _COMPARED = 2
@@ -24,21 +30,27 @@ class InputAccumulator:
         wanted: what is kept; nothing else is computed.
         width: the layer's in_features.
         device: of the inputs.
+        disk: where the shifts are to be, which are needed a few rows at a time; None: in memory.
     """
 
-    def __init__(self, wanted: Statistic, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, wanted: Statistic, width: int, device: torch.device | str = "cpu", disk: OnDisk | None = None
+    ) -> None:
         self.tokens = 0
+        self._disk = disk
         self._wanted = wanted
-        self._moment = self._diagonal = self._shift = self._held_out = self._sum = self._magnitude = None
+        self._moment = self._diagonal = self._sum = self._magnitude = None
+        self._shift: Rows | None = None
+        self._held_out: Rows | None = None
         self._compared = self._held_out_compared = 0
         if Statistic.SECOND_MOMENT in wanted:
             self._moment = torch.zeros(width, width, device=device)
         elif Statistic.DIAGONAL in wanted:
             self._diagonal = torch.zeros(width, device=device, dtype=torch.float64)
         if Statistic.SHIFT in wanted:
-            self._shift = torch.zeros(width, width, device=device)
-            self._held_out = torch.zeros(width, width, device=device)
-
+            self._shift, self._held_out = (
+                torch.zeros(width, width, device=device) if disk is None else disk((width, width)) for _ in range(2)
+            )
         if Statistic.MEAN in wanted:
             self._sum = torch.zeros(width, device=device, dtype=torch.float64)
         if Statistic.MAGNITUDE in wanted:
@@ -64,7 +76,7 @@ class InputAccumulator:
         x, original = (each.reshape(-1, width)[::_COMPARED] for each in (x, original))
         assert self._shift is not None
         assert self._held_out is not None
-        _add_product(self._held_out if held_out else self._shift, original - x, x)
+        _add_products(self._held_out if held_out else self._shift, original - x, x)
         self._compared += len(x)
         self._held_out_compared += len(x) if held_out else 0
 
@@ -76,31 +88,61 @@ class InputAccumulator:
         counts = torch.tensor([self.tokens, self._compared, self._held_out_compared])
         ranks.sum(counts)
         self.tokens, self._compared, self._held_out_compared = counts.tolist()
-        for total in (self._moment, self._diagonal, self._shift, self._held_out, self._sum):
+        for total in (self._moment, self._diagonal, self._sum):
             if total is not None:
                 ranks.sum(total)
+        for shift in (self._shift, self._held_out):
+            for rows in _pieces(shift):
+                part = shift[rows]
+                ranks.sum(part)
+                shift[rows] = part
         if self._magnitude is not None:
             ranks.maximum(self._magnitude)
 
     def finish(self) -> InputStatistics:
         """The means over all tokens."""
         if self._moment is not None:
-            # Only the lower triangle was summed.
-            self._moment = self._moment.tril_().add_(self._moment.tril(-1).T).div_(max(self.tokens, 1))
-            self._diagonal = self._moment.diagonal()
+            _mirror(self._moment)  # only the lower triangle was summed
+            self._diagonal = self._moment.div_(max(self.tokens, 1)).diagonal().clone()
         elif self._diagonal is not None:
             self._diagonal = (self._diagonal / max(self.tokens, 1)).float()
         mean = None if self._sum is None else (self._sum / max(self.tokens, 1)).float()
         known = InputStatistics(
             self.tokens, self._moment, self._diagonal, self._shift, mean=mean, magnitude=self._magnitude
         )
+        if self._moment is not None and self._disk is not None:
+            known = replace(known, spare=self._disk((len(self._moment), len(self._moment))))
         if self._shift is None or self._held_out is None or not self._compared:
             return known
-        shift = self._shift.add_(self._held_out).div_(self._compared)
+        for rows in _pieces(self._shift):
+            self._shift[rows] = (self._shift[rows] + self._held_out[rows]) / self._compared
         if not 0 < self._held_out_compared < self._compared:
-            return replace(known, shift=shift)
-        held_out, share = self._held_out.div_(self._held_out_compared), self._held_out_compared / self._compared
-        return replace(known, shift=shift, held_out_shift=held_out, held_out=share)
+            return known
+        for rows in _pieces(self._held_out):
+            self._held_out[rows] = self._held_out[rows] / self._held_out_compared
+        return replace(known, held_out_shift=self._held_out, held_out=self._held_out_compared / self._compared)
+
+
+def _pieces(matrix: Rows | None) -> Iterator[slice]:
+    """The rows of a matrix, some at a time."""
+    yield from (slice(start, start + _ROWS) for start in range(0, 0 if matrix is None else matrix.shape[0], _ROWS))
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Make a matrix symmetric by its lower triangle, where it lies."""
+    for rows in _pieces(matrix):
+        below = slice(rows.stop, None)
+        matrix[rows, below] = matrix[below, rows].T
+        own = matrix[rows, rows]
+        own.copy_(own.tril() + own.tril(-1).T)
+
+
+def _add_products(total: Rows, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a.T @ b``, some rows at a time."""
+    for rows in _pieces(total):
+        part = total[rows]
+        _add_product(part, a[:, rows], b)
+        total[rows] = part
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,30 @@ from quantlab.nn import Storage
 from quantlab.numerics import QTensor, decode_scales
 
 _BITS = (2, 3, 4, 8)
+# Group sizes that the kernels of GPTQModel (7.7) know; -1: a row.
+_GROUPS = {-1, *(2**exponent for exponent in range(4, 11))}
+# A layer in a numbered block: where the blocks are, and where it is in one.
+_IN_BLOCK = re.compile(r"(.*?)\.\d+\.(.*)")
 _REMEDY = "export with --requantize to round such layers again, or to another format"
 _Kind = tuple[int, int, bool]
 """Bits, group size (-1: a row), symmetric."""
 
 
-def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, version: int = 1) -> Export:
+def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, version: int | None = None) -> Export:
     """Write a quantized model in the GPTQ format.
 
     Args:
         source: what quantlab wrote.
         out: the folder to write; it must not exist, or be empty.
         requantize: round layers that the format cannot hold again.
-        version: 1, which every reader knows, or 2, which can hold a zero of 0.
+        version: 1, which every reader knows, or 2, which can hold a zero of 0; None: 2 for a model with zeros, which
+            GPTQModel refuses in version 1 from anyone but itself, and 1 for all others.
 
     Raises:
         CheckpointError: names the first layer that cannot be held, the reason and the remedy; nothing is left there.
     """
+    if version is None:
+        version = 2 if any(storage.zero_dtype for storage in source.layers.values()) else 1
     if version not in (1, 2):
         raise CheckpointError(f"--set version={version}: there are versions 1 and 2 of the GPTQ format")
     modules = dict(source.skeleton(unfuse=False).named_modules())
@@ -85,7 +93,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, vers
         described = _config(kinds, linear, version)
         writer.write_json("quantize_config.json", described)
         writer.finish(plain_config(source), described, source.folder)
-        notes = _notes(source, folder, out, described, requantize)
+        notes = _notes(source, folder, out, described, kinds, requantize)
         copy_digest(source.folder, folder)
         size = weight_bytes(folder)
     return Export(out, "gptq", tuple(done), size, notes)
@@ -202,15 +210,44 @@ def _config(kinds: dict[str, _Kind], linear: list[str], version: int) -> dict[st
         "true_sequential": True,
         "meta": {"quantizer": ["quantlab"]},
         **({"dynamic": exceptions} if exceptions else {}),
+        **_inside_blocks(kinds, linear),
     }
 
 
+def _inside_blocks(kinds: Iterable[str], linear: list[str]) -> dict[str, Any]:
+    """Where transformers is to look for quantized layers, which takes every Linear of the blocks otherwise.
+
+    A layer is named by its place in a block; by all of its name, if it stays as it is in another block.
+    """
+    placed = {name: match.groups() for name in linear if (match := _IN_BLOCK.fullmatch(name))}
+    quantized = [name for name in kinds if name in placed]
+    stems = {placed[name][0] for name in quantized}
+    if len(stems) != 1:
+        return {}
+    kept = {placed[name][1] for name in placed.keys() - set(quantized) if placed[name][0] in stems}
+    if not kept:
+        return {"block_name_to_quantize": stems.pop()}
+    names = dict.fromkeys(name if placed[name][1] in kept else placed[name][1] for name in quantized)
+    return {"block_name_to_quantize": stems.pop(), "modules_in_block_to_quantize": [[name] for name in names]}
+
+
 def _notes(
-    source: QuantizedFolder, folder: Path, out: Path, described: dict[str, Any], requantize: bool
+    source: QuantizedFolder,
+    folder: Path,
+    out: Path,
+    described: dict[str, Any],
+    kinds: dict[str, _Kind],
+    requantize: bool,
 ) -> tuple[str, ...]:
     notes = []
-    if "dynamic" in described:
+    if any(pattern.startswith("+") for pattern in described.get("dynamic", {})):
         notes.append("layers differ, which GPTQModel and vLLM read (`dynamic`) and transformers ignores")
+    if outside := [name for name in kinds if not _IN_BLOCK.fullmatch(name)]:
+        notes.append(f"{', '.join(outside)}: quantized outside of the blocks, where transformers does not look")
+    if unknown := sorted({kind[1] for kind in kinds.values()} - _GROUPS):
+        notes.append(f"groups of {', '.join(map(str, unknown))}: GPTQModel refuses them")
+    if described["checkpoint_format"] == "gptq" and not described["sym"]:
+        notes.append("zeros in version 1, which GPTQModel refuses from anyone but itself")
     if not requantize and any(storage.low_rank for storage in source.layers.values()):
         save_adapter(source.folder, folder / "adapter", str(out))
         notes.append(f"the low-rank corrections are a PEFT adapter, in {out / 'adapter'}")

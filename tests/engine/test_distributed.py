@@ -35,9 +35,10 @@ CASES = {
     "awq": ("llama", {**W4_GPTQ, "transforms": "awq"}),
 }
 
-# What torchrun runs: the same as the processes that are forked here.
+# What launchers run: the same as the processes that are forked here.
 _PROGRAM = """
-import sys
+import os, sys
+assert os.environ["WORLD_SIZE"] == "2"
 sys.path[:0] = {path!r}
 import test_distributed
 test_distributed.work({jobs!r})
@@ -127,15 +128,23 @@ def test_as_one_process(together, name, original, run):
         agree(together / name, single)
 
 
-def test_as_torchrun_starts_it(original, run, tmp_path):
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_as_a_launcher_starts_it(launcher, original, run, tmp_path):
     model, recipe = CASES["rtn-observed"]
     program, out = tmp_path / "program.py", tmp_path / "out"
     program.write_text(
         _PROGRAM.format(path=[str(Path(__file__).parent), *sys.path], jobs=[(str(original(model)), recipe, str(out))])
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(program)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500
     )
     assert done.returncode == 0, done.stderr
     assert_same(out, run(original(model), recipe, "single").folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,13 @@ def test_a_budget_moves_batches_to_the_disk_and_nothing_else():
     assert (tight.total, tight.states) == (1300, 100)
     with pytest.raises(PreflightError, match="needs about"):
         needed.within(1199)
+    movable = replace(needed, movable=150)
+    assert movable.within(1200).waiting == 0
+    tight = movable.within(1100)
+    assert (tight.total, tight.states, tight.statistics, tight.waiting) == (1100, 50, 50, 150)
+    assert tight.without_states == 1050
+    with pytest.raises(PreflightError, match="needs about"):
+        movable.within(1049)
 
 
 def test_the_command(original, save_tokenizer, tmp_path, capsys):

@@ -6,10 +6,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_resume import assert_same
 
-from quantlab.engine import estimate, spill
-from quantlab.engine.spill import Spill
+from quantlab.engine import estimate, loop, spill
+from quantlab.engine.spill import DiskMatrix, Spill
 from quantlab.errors import CheckpointError, PreflightError
 
 CASES = [
@@ -39,6 +41,34 @@ def test_the_same_bytes(name, changes, original, run, no_room):
     on_disk = run(original(name), changes, "on-disk", memory="100GB")
     assert sum(no_room) > 100_000
     assert_same(on_disk.folder, in_memory.folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"options": {"asym": 1.0}}, {"compensation": "lorc"}], ids=str)
+def test_the_same_bytes_with_statistics_on_disk(changes, original, run, no_room, monkeypatch):
+    made = []
+    monkeypatch.setattr(loop, "DiskMatrix", lambda *arguments: made.append(DiskMatrix(*arguments)) or made[-1])
+    in_memory = run(original("llama"), changes, "in-memory", memory="100GB")
+    assert not made
+    monkeypatch.setattr(estimate.Memory, "without_states", 100 * 10**9 + 1)
+    on_disk = run(original("llama"), changes, "on-disk", memory="100GB")
+    assert {matrix.shape for matrix in made} >= {(64, 64), (96, 96)}
+    assert_same(on_disk.folder, in_memory.folder)
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99), data=st.data())
+def test_a_matrix_on_disk_holds_what_one_in_memory_does(rows, columns, seed, data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    matrix, expected = DiskMatrix(folder, (rows, columns)), torch.zeros(rows, columns)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows + 3))))
+        expected[start:stop] += 1
+        matrix[start:stop] = expected[start:stop].clone()
+        values = torch.randn(expected[start:stop].T.shape, generator=generator).T  # not contiguous
+        matrix[start:stop] = expected[start:stop] = values
+        assert torch.equal(matrix[:], expected)
+    with pytest.raises(ValueError, match="numbers"):
+        matrix[:] = torch.zeros(rows, columns + 1)
 
 
 def test_what_fits_stays(original, run, no_room, monkeypatch):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantized_folders import decoded, quantized
+from quantized_folders import SIZES, decoded, quantized, tiny
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from quantlab.errors import CheckpointError
 from quantlab.export import export
@@ -93,6 +93,7 @@ def test_a_model_is_written_whole(changes, version, tmp_path):
     assert described == json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
     assert described["checkpoint_format"] == ("gptq" if version == 1 else "gptq_v2")
     assert described["sym"] == changes.get("symmetric", True)
+    assert described["block_name_to_quantize"] == "model.layers"
     expected = decoded(folder)
     for layer, weight in expected.items():
         override = described.get("dynamic", {}).get(f"+:^{layer.replace('.', chr(92) + '.')}$", described)
@@ -133,15 +134,45 @@ class TestRefuses:
             export(quantized(tmp_path, {"format": "int4"}), "gptq", tmp_path / "gptq", settings={"version": 3})
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed: no wheel for CPUs"
-)
-def test_gptqmodel_decodes_the_same_weights(tmp_path):
-    from gptqmodel import BACKEND, GPTQModel
-
-    folder = quantized(tmp_path, {"format": "int4"})
+@pytest.mark.parametrize(("symmetric", "version"), [(True, "gptq"), (False, "gptq_v2")])
+def test_zeros_ask_for_the_version_that_can_hold_them(symmetric, version, tmp_path):
+    folder = quantized(tmp_path, {"format": "int4", "symmetric": symmetric})
     export(folder, "gptq", tmp_path / "gptq")
-    model = GPTQModel.load(str(tmp_path / "gptq"), device="cpu", backend=BACKEND.TORCH).model
-    for layer, weight in decoded(folder).items():
-        found = model.get_submodule(layer).dequantize_weight().T.float()
-        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-6)
+    assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())["checkpoint_format"] == version
+
+
+@pytest.mark.parametrize(
+    ("pattern", "absent", "named"),
+    [
+        ("*.down_proj", {"mlp.down_proj"}, set()),
+        ("*.0.mlp.down_proj", {"mlp.down_proj"}, {"model.layers.1.mlp.down_proj"}),
+    ],
+)
+def test_transformers_is_told_which_layers_of_a_block_stay(pattern, absent, named, tmp_path):
+    folder = quantized(tmp_path, {"format": "int4", "layers": {pattern: {"format": "none"}}})
+    export(folder, "gptq", tmp_path / "gptq")
+    described = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+    ends = {end for ends in described["modules_in_block_to_quantize"] for end in ends}
+    assert (
+        ends
+        == {
+            *(f"self_attn.{part}_proj" for part in "qkvo"),
+            *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+        }
+        - absent
+        | named
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "said"),
+    [
+        ({"format": "int4", "symmetric": False}, {"version": 1}, "version 1, which GPTQModel refuses"),
+        ({"format": "int8", "layers": {"*.down_proj": {"format": "int4"}}}, {}, "transformers ignores"),
+        ({"format": "int4", "layers": {"lm_head": {"format": "int8"}}}, {}, "lm_head: quantized outside"),
+    ],
+)
+def test_what_some_readers_cannot_is_said(changes, settings, said, tmp_path):
+    model = tiny(LlamaConfig(**{**SIZES, "vocab_size": 320}))
+    done = export(quantized(tmp_path, changes, model), "gptq", tmp_path / "gptq", settings=settings)
+    assert any(said in note for note in done.notes)

@@ -386,6 +386,24 @@ def test_arguments_are_not_written_to():
         assert torch.equal(tensor, copy)
 
 
+@each_order
+@pytest.mark.parametrize("asym", [0.0, 1.0])
+def test_the_moments_own_memory_will_do(order, asym):
+    """With a spare place for it the answer is the same, and so is the moment; also where damping is raised."""
+    kept = statistics(X, original=inputs(400, COLUMNS, seed=1))
+    singular = kept.second_moment - 0.2 * torch.eye(COLUMNS)  # not positive definite at first
+    for moment, notes in ((kept.second_moment, 0), (singular, 1)):
+        known = dataclasses.replace(kept, second_moment=moment, held_out_shift=kept.shift, held_out=0.2)
+        expected = solve(x=known, order=order, asym=asym)
+        assert len(expected.notes) == notes
+        before, spare = moment.clone(), torch.full_like(moment, torch.nan)
+        found = solve(x=dataclasses.replace(known, spare=spare), order=order, asym=asym)
+        assert torch.equal(found.qtensor.codes, expected.qtensor.codes)
+        assert torch.equal(found.loss, expected.loss)
+        assert torch.equal(moment, before)
+        assert spare.isfinite().all()
+
+
 # --- statistics that are missing ---
 
 

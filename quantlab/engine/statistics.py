@@ -92,6 +92,8 @@ class InputAccumulator:
             if total is not None:
                 ranks.sum(total)
         for shift in (self._shift, self._held_out):
+            if shift is None:
+                continue
             for rows in _pieces(shift):
                 part = shift[rows]
                 ranks.sum(part)
@@ -123,9 +125,9 @@ class InputAccumulator:
         return replace(known, held_out_shift=self._held_out, held_out=self._held_out_compared / self._compared)
 
 
-def _pieces(matrix: Rows | None) -> Iterator[slice]:
+def _pieces(matrix: Rows) -> Iterator[slice]:
     """The rows of a matrix, some at a time."""
-    yield from (slice(start, start + _ROWS) for start in range(0, 0 if matrix is None else matrix.shape[0], _ROWS))
+    yield from (slice(start, start + _ROWS) for start in range(0, matrix.shape[0], _ROWS))
 
 
 def _mirror(matrix: torch.Tensor) -> None:

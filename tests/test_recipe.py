@@ -95,7 +95,7 @@ def test_ready_recipes(name):
 
 def test_the_ready_recipes_are_there():
     named = {"w4-gptq", "w4-rtn", "fp6-rtn", "fp6-gptq", "power4", "nf4", "nf4-gptq", "mxfp4", "mxfp8", "nvfp4"}
-    assert named | {"w4-codebook", "glm130b-int4", "hqq-w4"} <= set(ready_recipes())
+    assert named | {"w4-codebook", "glm130b-int4", "hqq-w4", "w8a8", "fp8"} <= set(ready_recipes())
 
 
 def test_files(tmp_path):

@@ -33,7 +33,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
         return x.to(dtype), x.new_zeros(len(x), dtype=torch.float32)
     scales = x.abs().amax(1).float() / _LARGEST[dtype]
     scales = torch.where(scales.isfinite(), scales, torch.nan).masked_fill_(scales < _LEAST, 0)
-    # Infinity divides a row that cannot be scaled to zeros. Others end within half a step of the range: nothing to clamp.
+    # Infinity makes zeros of a row that has no scale. Others end within half a step of the range: nothing to clamp.
     ratio = x / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
     if dtype == torch.int8:
         ratio = ratio.round_()

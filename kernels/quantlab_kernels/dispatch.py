@@ -208,9 +208,7 @@ def linear_dynamic(
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _by_eight(
-    device: torch.device, scales: torch.Tensor, zeros: torch.Tensor | None, activations: str
-) -> str | None:
+def _by_eight(device: torch.device, scales: torch.Tensor, zeros: torch.Tensor | None, activations: str) -> str | None:
     """The kernel that multiplies 8 bits by 8, or None: it wants one scale for all that is summed."""
     if zeros is not None or scales.shape[1] != 1:
         return None

@@ -24,9 +24,7 @@ class Kept(Generic[T]):
     def __init__(self) -> None:
         self._entries: dict[int, _Entry[T]] = {}
 
-    def of(
-        self, codes: torch.Tensor, given: tuple[torch.Tensor | None, ...], make: Callable[[T | None], T]
-    ) -> T:
+    def of(self, codes: torch.Tensor, given: tuple[torch.Tensor | None, ...], make: Callable[[T | None], T]) -> T:
         """What was made of these codes and these very tensors, or what ``make`` makes now.
 
         Args:

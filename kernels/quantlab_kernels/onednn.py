@@ -32,9 +32,7 @@ class _Weight(NamedTuple):
 _kept: Kept[_Weight] = Kept()
 
 
-def product(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, bits: int
-) -> torch.Tensor:
+def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, bits: int) -> torch.Tensor:
     """``x @ W.T`` in float32, from sums in int32.
 
     Args:

@@ -70,10 +70,10 @@ def plan_layer(name: str, block: str, shape: tuple[int, int], scheme: Scheme) ->
             activations that such a weight cannot be multiplied with.
     """
     form = scheme.known_format
-    if form is not None and (
-        reason := reason_against(scheme.activations, form, scheme.granularity, scheme.symmetric)
-    ):
-        raise RecipeError(f"{name}: activations {scheme.activations}: {reason}; or set activations: none for this layer")
+    if form is not None and (reason := reason_against(scheme.activations, form, scheme.granularity, scheme.symmetric)):
+        raise RecipeError(
+            f"{name}: activations {scheme.activations}: {reason}; or set activations: none for this layer"
+        )
     compensation = None
     if scheme.compensation != "none":
         compensation = make_compensation(scheme.compensation, scheme.compensation_options)
@@ -180,6 +180,7 @@ def _solve_stack(
             quantizer=layer.scheme.quantizer,
             compensation=layer.scheme.compensation,
             scale_dtype=layer.scheme.scale_dtype,
+            activations=layer.scheme.activations,
             format=qtensor.grid.name,
             granularity=layer.scheme.granularity,
             shape=qtensor.shape,

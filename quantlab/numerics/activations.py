@@ -21,7 +21,9 @@ def reason_against(activations: str, form: Format, granularity: Granularity, sym
     if activations == "int8" and not (form.grid is not None and form.grid.is_integer):
         return f"they are integers, and {form.name} is none; use an integer format such as int8"
     if activations == "fp8" and form.name != "e4m3":
-        return f"they are e4m3, and the weight is {form.name}; use format e4m3, or activations int8 with an integer format"
+        return (
+            f"they are e4m3, and the weight is {form.name}; use format e4m3, or activations int8 with an integer format"
+        )
     if isinstance(granularity, int):
         return f"a sum has one scale, and the weight has one for every {granularity} inputs; use granularity channel"
     if not symmetric:

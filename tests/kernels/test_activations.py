@@ -47,8 +47,8 @@ def steps_of(kind: str, codes: np.ndarray) -> np.ndarray:
 )
 def test_rows_are_rounded_to_the_nearest(kind, dtype, rows, columns, spread, size, seed):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator) * (spread * torch.randn(rows, columns, generator=generator)).exp()
-    x = (x * size).clamp(-6e4, 6e4).to(dtype)
+    x, size_of = torch.randn(2, rows, columns, generator=generator)
+    x = (x * (spread * size_of).exp() * size).clamp(-6e4, 6e4).to(dtype)
     codes, scales = quantize_rows(x, ACTIVATIONS[kind])
     assert codes.dtype == ACTIVATIONS[kind]
     assert scales.dtype == torch.float32

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from quantlab_kernels.gpu.weight import prepare
 
 __all__ = [
-    *("Answer", "available", "linear", "multiplies", "prepare", "product", "product_w8a8", "supports", "weight_w8a8"),
+    "Answer",
+    "available",
+    "linear",
+    "multiplies",
+    "prepare",
+    "product",
+    "product_w8a8",
+    "supports",
+    "weight_w8a8",
 ]
 
 

@@ -3,9 +3,9 @@
     python benchmarks/linear.py [--rows 1 4 16 128] [--shape 4096x4096] [--format int4 fp6] [--group 64] [--json FILE]
 
 Single thread by default, where the processor time of a thread is what a call costs however busy the machine is; with
-more threads the wall clock counts. Before a variant runs again 96 MB of other memory have been read: its weights
-come from memory, not from a cache. `fp6` is e3m2 with one scale a row, `w8a8` and `fp8` are the recipes; other formats are
-names as recipes have them.
+more threads the wall clock counts. Before a variant runs again 96 MB of other memory have been read: its weights come
+from memory, not from a cache. `fp6` is e3m2 with one scale a row, `w8a8` and `fp8` are the recipes; others are names of
+formats as recipes have them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     """Rows as 8-bit numbers, the largest magnitude of each at the end of the range, and their scales.
 
     A row of zeros, or of numbers so small that float32 cannot hold their scale exactly, becomes zeros. A row with a NaN
-    or an infinity has a scale of NaN, so that whatever is computed from it is NaN.
+    or an infinity becomes zeros with a scale that is not finite: whatever is computed from it is NaN.
 
     Args:
         x: ``[rows, columns]``, float16, bfloat16 or float32.
@@ -32,12 +32,11 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     if not x.numel():
         return x.to(dtype), x.new_zeros(len(x), dtype=torch.float32)
     scales = x.abs().amax(1).float() / _LARGEST[dtype]
-    scales = torch.where(scales.isfinite(), scales, torch.nan).masked_fill_(scales < _LEAST, 0)
-    # Infinity makes zeros of a row that has no scale. Others end within half a step of the range: nothing to clamp.
-    ratio = x / torch.where(scales > 0, scales, torch.inf).unsqueeze(1)
+    scales.masked_fill_(scales < _LEAST, 0)
+    ratio = x / scales.unsqueeze(1)  # float32; without a scale NaN or infinite, else within half a step of the range
     if dtype == torch.int8:
-        ratio = ratio.round_()
-    return ratio.nan_to_num_(0).to(dtype), scales
+        ratio.round_()
+    return ratio.nan_to_num_(0, 0, 0).to(dtype), scales
 
 
 def rounded(x: torch.Tensor, activations: str) -> torch.Tensor:

@@ -196,16 +196,17 @@ def linear_dynamic(
     if eight == _W8A8:
         weight = gpu.weight_w8a8(codes, scales, table, bits, x.shape[-1], dtype)
         y, bias = gpu.product_w8a8(values, steps, *weight, bias, x.dtype), None
-    elif eight == _ONEDNN:
-        y = onednn.product(values, codes, scales, table, bits).mul_(steps.unsqueeze(1))
     else:
-        y = linear(values.to(_wide(x.dtype)), codes, scales, zeros, table, bits, offset=offset, rounded=True)
-        y = y * steps.unsqueeze(1)
+        if eight == _ONEDNN:
+            sums = onednn.product(values, codes, scales, table, bits)
+        else:
+            sums = linear(values.to(_wide(x.dtype)), codes, scales, zeros, table, bits, offset=offset, rounded=True)
+        y = torch.mul(sums, steps.unsqueeze(1), out=x.new_empty(sums.shape))
     if low_rank is not None:
-        y = y + (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
+        y += (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
     if bias is not None:
-        y = y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+        y += bias.to(x.dtype)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _by_eight(device: torch.device, scales: torch.Tensor, zeros: torch.Tensor | None, activations: str) -> str | None:

@@ -27,6 +27,7 @@ FULL = {
     "options": {"damping": 0.05, "order": "natural"},
     "compensation": "none",
     "compensation_options": {},
+    "activations": "int8",
     "transforms": {},
     "layers": {
         "*.down_proj": {"format": "int8", "granularity": 32, "options": {"damping": 0.1}},
@@ -49,7 +50,14 @@ def refused(data) -> str:
 def test_every_key_arrives():
     recipe = from_dict(FULL)
     assert recipe.default == Scheme(
-        "int3", "channel", False, "mse", "float16", "gptq", {"damping": 0.05, "order": "natural"}
+        "int3",
+        "channel",
+        False,
+        "mse",
+        "float16",
+        "gptq",
+        {"damping": 0.05, "order": "natural"},
+        activations="int8",
     )
     assert recipe.calibration == Calibration("text.txt", 3, 17, 5, True)
     assert (recipe.name, recipe.description) == ("mine", "All keys.")

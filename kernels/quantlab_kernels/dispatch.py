@@ -103,7 +103,7 @@ def choose(
     """What runs the product of ``x`` with such a weight; arguments as in :func:`quantlab_kernels.quantized_linear`."""
     if activations is None:
         return _chosen(x, codes, scales, zeros, table, bits, None, low_rank)[0]
-    if eight := _by_eight(x.device, scales, zeros, activations):
+    if eight := _by_eight(x, scales, zeros, activations):
         return Choice(eight)
     values = x.new_empty(x.shape, dtype=_wide(x.dtype))
     return _chosen(values, codes, scales, zeros, table, bits, None, None, rounded=True)[0]
@@ -192,10 +192,13 @@ def linear_dynamic(
     rows = x.reshape(-1, x.shape[-1])
     dtype = ACTIVATIONS[activations]
     values, steps = quantize_rows(rows, dtype)
-    eight = _by_eight(x.device, scales, zeros, activations) if x.numel() else None
+    eight = _by_eight(x, scales, zeros, activations)
     if eight == _W8A8:
         weight = gpu.weight_w8a8(codes, scales, table, bits, x.shape[-1], dtype)
         y, bias = gpu.product_w8a8(values, steps, *weight, bias, x.dtype), None
+    elif len(rows) == 1 and eight is None:  # its scale can be a part of the weight's
+        wide, scaled = values.to(_wide(x.dtype)), scales.float() * steps
+        y = linear(wide, codes, scaled, zeros, table, bits, offset=offset, rounded=True).to(x.dtype)
     else:
         if eight == _ONEDNN:
             sums = onednn.product(values, codes, scales, table, bits)
@@ -209,14 +212,17 @@ def linear_dynamic(
     return y.view(*x.shape[:-1], -1)
 
 
-def _by_eight(device: torch.device, scales: torch.Tensor, zeros: torch.Tensor | None, activations: str) -> str | None:
+def _by_eight(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, activations: str) -> str | None:
     """The kernel that multiplies 8 bits by 8, or None: it wants one scale for all that is summed."""
-    if zeros is not None or scales.shape[1] != 1:
+    if zeros is not None or scales.shape[1] != 1 or not x.numel():
         return None
-    if device.type == "cuda" and forced() in (None, _W8A8) and _gpu():
-        return _W8A8 if gpu.multiplies(ACTIVATIONS[activations], device) else None
-    here = device.type == "cpu" and activations == "int8" and onednn.available()
-    return _ONEDNN if here and forced() in (None, _ONEDNN) else None
+    if x.device.type == "cuda" and forced() in (None, _W8A8) and _gpu():
+        return _W8A8 if gpu.multiplies(ACTIVATIONS[activations], x.device) else None
+    if x.device.type != "cpu" or activations != "int8" or not onednn.available():
+        return None
+    # One row alone is read faster from the codes as they are stored; docs/kernels.md has the measurement.
+    pays = x.numel() > x.shape[-1] or native.library() is None
+    return _ONEDNN if forced() == _ONEDNN or (forced() is None and pays) else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -368,7 +368,7 @@ def test_a_bad_value_is_refused_with_key_value_and_remedy(data, key, value, reme
         ({"group_size": 64}, r"the recipe: unknown key 'group_size'"),
         (
             {"zzz": 1},
-            "unknown key 'zzz'; allowed are calibration, compensation, compensation_options, description, format",
+            "unknown key 'zzz'; allowed are activations, calibration, compensation",
         ),
         ({"layers": {"a": {"bits": 4}}}, r"layers\['a'\]: unknown key 'bits'"),
         ({"layers": {"a": {"layers": {}}}}, r"layers\['a'\]: unknown key 'layers'"),

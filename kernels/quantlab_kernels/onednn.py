@@ -7,7 +7,7 @@ as these live: a byte a weight more. (Its product of a weight in any other order
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,5 +51,5 @@ def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, table: t
 
     weight = _kept.of(codes, (scales, table), make)
     unsigned = x.view(torch.uint8).bitwise_xor(128)  # it takes no other activations, and takes the 128 more off again
-    rest = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, the output as it is, nothing behind it
+    rest: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, the output as it is, nothing behind it
     return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, *weight, *rest)

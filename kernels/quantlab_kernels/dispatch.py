@@ -196,7 +196,8 @@ def linear_dynamic(
     if eight == _W8A8:
         weight = gpu.weight_w8a8(codes, scales, table, bits, x.shape[-1], dtype)
         y, bias = gpu.product_w8a8(values, steps, *weight, bias, x.dtype), None
-    elif len(rows) == 1 and eight is None:  # its scale can be a part of the weight's
+    elif len(rows) == 1 and eight is None and x.device.type == "cpu":
+        # Its scale becomes a part of the weight's. (GPU kernels keep what they made of scales: these would be new ones.)
         wide, scaled = values.to(_wide(x.dtype)), scales.float() * steps
         y = linear(wide, codes, scaled, zeros, table, bits, offset=offset, rounded=True).to(x.dtype)
     else:

@@ -51,5 +51,6 @@ def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, table: t
 
     weight = _kept.of(codes, (scales, table), make)
     unsigned = x.view(torch.uint8).bitwise_xor(128)  # it takes no other activations, and takes the 128 more off again
-    rest: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, the output as it is, nothing behind it
+    # No bias, the output as it is, nothing behind it.
+    rest: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, *weight, *rest)

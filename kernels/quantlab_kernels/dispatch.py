@@ -197,7 +197,7 @@ def linear_dynamic(
         weight = gpu.weight_w8a8(codes, scales, table, bits, x.shape[-1], dtype)
         y, bias = gpu.product_w8a8(values, steps, *weight, bias, x.dtype), None
     elif len(rows) == 1 and eight is None and x.device.type == "cpu":
-        # Its scale becomes a part of the weight's. (GPU kernels keep what they made of scales: these would be new ones.)
+        # Its scale becomes a part of the weight's. (GPU kernels keep what they made of scales, and these are new ones.)
         wide, scaled = values.to(_wide(x.dtype)), scales.float() * steps
         y = linear(wide, codes, scaled, zeros, table, bits, offset=offset, rounded=True).to(x.dtype)
     else:

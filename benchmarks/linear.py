@@ -3,8 +3,9 @@
     python benchmarks/linear.py [--rows 1 4 16 128] [--shape 4096x4096] [--format int4 fp6] [--group 64] [--json FILE]
 
 Single thread by default, where the processor time of a thread is what a call costs however busy the machine is; with
-more threads the wall clock counts. Before a variant runs again 96 MB of other memory have been read: its weights
-come from memory, not from a cache. `fp6` is e3m2 with one scale a row; other formats are names as recipes have them.
+more threads the wall clock counts. Before a variant runs again 96 MB of other memory have been read: its weights come
+from memory, not from a cache. `fp6` is e3m2 with one scale a row, `w8a8` and `fp8` are the recipes; others are names of
+formats as recipes have them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.functional import linear
 from quantlab.numerics import QTensor, Sample, apply_scales, choose_scales, format_called
 
 SHAPES = ("576x576", "1536x576", "4096x4096", "11008x4096")
-FORMATS = ("int2", "int3", "int4", "int5", "int6", "int8", "fp6", "nf4", "power4")
+FORMATS = ("int2", "int3", "int4", "int5", "int6", "int8", "fp6", "nf4", "power4", "w8a8")
 FLUSH = 96 << 20
 BASE = "bf16 F.linear"
 
@@ -116,8 +117,16 @@ class Weights:
             yield Variant("onednn qlinear w8a8", outputs * inputs, lambda: run(u8, 0.02, 128, int8, *rest))
 
     def ours(self, rows: int, formats: list[str], groups: list[str]):
-        """Our own, by the public interface."""
+        """Our own, by the public interface; activations are rounded within the call where they are."""
         x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+        for name, form, kind in (("w8a8", "int8", "int8"), ("fp8", "e4m3", "fp8")):
+            if name not in formats:
+                continue
+            codes, scales, table, bits, offset = self.kept(name, lambda form=form: self.quantized(form, "channel"))
+            weight = (codes, scales, None, table, bits)
+            call = lambda w=weight, o=offset, k=kind: quantized_linear(x, *w, offset=o, activations=k)  # noqa: E731
+            yield Variant(f"ours {name}", codes.nbytes + scales.nbytes, call)
+        formats = [name for name in formats if name not in ("w8a8", "fp8")]
         for name in formats:
             for group in ["channel"] if name == "fp6" else groups:
                 if group != "channel" and self.weight.shape[1] % int(group):

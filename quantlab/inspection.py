@@ -35,6 +35,7 @@ class InspectedLayer:
         bytes: the same, in bytes.
         scale_dtype: how scales are stored, as a recipe calls it; empty without a log.
         compensation: the method that repaired what error was left; ``"none"`` without a log.
+        activations: what its inputs are rounded to when it runs, or ``"none"``.
         quantizer: the method that chose the codes; None without a log, like all that follows.
         error: relative error, as in :class:`~quantlab.engine.report.LayerReport`.
         metric: what the error is of: the layer's "output", its "weight", or its "weighted" weight.
@@ -50,6 +51,7 @@ class InspectedLayer:
     bytes: int
     scale_dtype: str = ""
     compensation: str = "none"
+    activations: str = "none"
     quantizer: str | None = None
     error: float | None = None
     metric: str | None = None
@@ -253,6 +255,7 @@ def _layer(name: str, storage: Storage, header: Header, report: LayerReport | No
         bytes=stored,
         scale_dtype=report.scale_dtype if report else "",
         compensation=report.compensation if report else "none",
+        activations=storage.activations,
         quantizer=report.quantizer if report else None,
         error=report.error if report else None,
         metric=report.metric if report else None,

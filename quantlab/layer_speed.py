@@ -156,7 +156,7 @@ def _choice(layer: QuantLinear, x: torch.Tensor) -> Choice:
         low_rank = layer.low_rank_left, layer.low_rank_right
     # Scales of two levels reach a kernel decoded.
     scales = layer.scales if layer.outer_scales is None else layer.scales.float()
-    return choose(x, layer.codes, scales, layer.zeros, layer.table, layer.bits, low_rank)
+    return choose(x, layer.codes, scales, layer.zeros, layer.table, layer.bits, low_rank, layer.activations)
 
 
 def _kinds(model: nn.Module) -> dict[_Kind, list[nn.Module]]:
@@ -168,6 +168,7 @@ def _kinds(model: nn.Module) -> dict[_Kind, list[nn.Module]]:
             shape = (storage.out_features, storage.in_features)
             groups = storage.scale_shape[1]
             form = f"{storage.format}/{'channel' if groups == 1 else storage.in_features // groups}"
+            form += f" x {module.activations}" if module.activations else ""
         elif is_linear(module):
             shape, form = features(module), str(module.get_parameter("weight").dtype).removeprefix("torch.")
         else:

@@ -13,7 +13,7 @@ from torch import nn
 
 from quantlab.errors import QuantlabError
 from quantlab.experts import UnfusedExperts, unfuse_experts
-from quantlab.numerics import Grid, LowRank, OuterScales, QTensor, decode_scales
+from quantlab.numerics import ACTIVATIONS, Grid, LowRank, OuterScales, QTensor, decode_scales
 
 __all__ = ["QuantEmbedding", "QuantLinear", "Storage", "UnfusedExperts", "packed_tensors", "unfuse_experts", "unpacked"]
 
@@ -42,6 +42,7 @@ class Storage:
         outer_scales: how many second-level scales the scales have, 0 if none.
         outer_offset: whether an offset is added to the scales.
         bias: whether the layer has a bias.
+        activations: what its inputs are rounded to as they come, see :class:`quantlab.recipe.Scheme`.
     """
 
     format: str
@@ -57,6 +58,7 @@ class Storage:
     outer_scales: int = 0
     outer_offset: bool = False
     bias: bool = False
+    activations: str = "none"
 
     def __post_init__(self) -> None:
         rows, groups = self.scale_shape
@@ -66,12 +68,13 @@ class Storage:
             and rows in (1, self.out_features)
             and groups >= 1
             and self.in_features % groups == 0
+            and self.activations in ACTIVATIONS
         )
         if not sound:
             raise QuantlabError(f"not a layer that can be stored: {self}")
 
     @classmethod
-    def of(cls, qtensor: QTensor, bias: bool = False) -> Storage:
+    def of(cls, qtensor: QTensor, bias: bool = False, activations: str = "none") -> Storage:
         """How ``qtensor`` is stored."""
         low_rank, outer = qtensor.low_rank, qtensor.outer
         return cls(
@@ -88,6 +91,7 @@ class Storage:
             outer_scales=0 if outer is None else outer.scales.numel(),
             outer_offset=outer is not None and outer.offset is not None,
             bias=bias,
+            activations=activations,
         )
 
     @property
@@ -214,10 +218,16 @@ class _Quantized(nn.Module):
         self._decoded: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None] | None = None
 
     @classmethod
-    def from_qtensor(cls, qtensor: QTensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> Self:
+    def from_qtensor(
+        cls,
+        qtensor: QTensor,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        activations: str = "none",
+    ) -> Self:
         """The module with the weight ``qtensor``, sharing the tensors' memory where it can."""
         with torch.device("meta"):
-            layer = cls(Storage.of(qtensor, bias is not None))
+            layer = cls(Storage.of(qtensor, bias is not None, activations))
         layer.dtype = dtype or layer.dtype
         for name, tensor in packed_tensors(qtensor).items():
             setattr(layer, name, tensor)
@@ -253,7 +263,8 @@ class _Quantized(nn.Module):
         """What ``print(model)`` shows."""
         scales = "x".join(map(str, self.storage.scale_shape))
         features = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{features}, format={self.storage.format}, scales={scales}, bias={self.storage.bias}"
+        activations = "" if self.storage.activations == "none" else f", activations={self.storage.activations}"
+        return f"{features}, format={self.storage.format}, scales={scales}, bias={self.storage.bias}{activations}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -273,8 +284,14 @@ class QuantLinear(_Quantized):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         scales, low_rank = self._operands()
-        bits, offset = self.storage.bits, self.storage.offset
-        return quantized_linear(x, self.codes, scales, self.zeros, self.table, bits, self.bias, low_rank, offset)
+        storage = self.storage
+        weight = (self.codes, scales, self.zeros, self.table, storage.bits, self.bias, low_rank, storage.offset)
+        return quantized_linear(x, *weight, self.activations)
+
+    @property
+    def activations(self) -> str | None:
+        """What inputs are rounded to before they are multiplied, or None."""
+        return None if self.storage.activations == "none" else self.storage.activations
 
     def _operands(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Scales and low-rank factors as kernels take them: scales of two levels and int8 factors are decoded, once."""

@@ -19,7 +19,17 @@ import torch
 import yaml
 
 from quantlab.errors import RecipeError
-from quantlab.numerics import Format, Granularity, Grid, Sample, Scales, choose_scales, format_called, scale_type
+from quantlab.numerics import (
+    ACTIVATIONS,
+    Format,
+    Granularity,
+    Grid,
+    Sample,
+    Scales,
+    choose_scales,
+    format_called,
+    scale_type,
+)
 
 _SEARCHES = ("absmax", "mse", "second-moment")
 # Where the options of a method stand that a key names.
@@ -51,6 +61,8 @@ class Scheme:
         options: the rounding method's own options.
         compensation: the name of what repairs the error that rounding leaves, or ``"none"``.
         compensation_options: its own options.
+        activations: what the layer's inputs are rounded to when it runs, a scale a token, as they come: int8, fp8
+            (e4m3), or ``"none"``. Which weights allow it: :func:`quantlab.numerics.activations.reason_against`.
     """
 
     format: str = "int4"
@@ -62,6 +74,7 @@ class Scheme:
     options: Mapping[str, Any] = field(default_factory=dict)
     compensation: str = "none"
     compensation_options: Mapping[str, Any] = field(default_factory=dict)
+    activations: str = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, str):
@@ -74,6 +87,7 @@ class Scheme:
             raise RecipeError(f"granularity {self.granularity!r}: use a group size such as 64, 'channel' or 'tensor'")
         _one_of("scale_search", self.scale_search, _SEARCHES)
         scale_type(self.scale_dtype)
+        _one_of("activations", self.activations, ACTIVATIONS)
         if type(self.symmetric) is not bool:
             raise RecipeError(f"symmetric {self.symmetric!r}: use true or false")
         if not isinstance(self.quantizer, str):

@@ -27,6 +27,7 @@ FULL = {
     "options": {"damping": 0.05, "order": "natural"},
     "compensation": "none",
     "compensation_options": {},
+    "activations": "int8",
     "transforms": {},
     "layers": {
         "*.down_proj": {"format": "int8", "granularity": 32, "options": {"damping": 0.1}},
@@ -49,7 +50,14 @@ def refused(data) -> str:
 def test_every_key_arrives():
     recipe = from_dict(FULL)
     assert recipe.default == Scheme(
-        "int3", "channel", False, "mse", "float16", "gptq", {"damping": 0.05, "order": "natural"}
+        "int3",
+        "channel",
+        False,
+        "mse",
+        "float16",
+        "gptq",
+        {"damping": 0.05, "order": "natural"},
+        activations="int8",
     )
     assert recipe.calibration == Calibration("text.txt", 3, 17, 5, True)
     assert (recipe.name, recipe.description) == ("mine", "All keys.")
@@ -95,7 +103,7 @@ def test_ready_recipes(name):
 
 def test_the_ready_recipes_are_there():
     named = {"w4-gptq", "w4-rtn", "fp6-rtn", "fp6-gptq", "power4", "nf4", "nf4-gptq", "mxfp4", "mxfp8", "nvfp4"}
-    assert named | {"w4-codebook", "glm130b-int4", "hqq-w4"} <= set(ready_recipes())
+    assert named | {"w4-codebook", "glm130b-int4", "hqq-w4", "w8a8", "fp8"} <= set(ready_recipes())
 
 
 def test_files(tmp_path):
@@ -360,7 +368,7 @@ def test_a_bad_value_is_refused_with_key_value_and_remedy(data, key, value, reme
         ({"group_size": 64}, r"the recipe: unknown key 'group_size'"),
         (
             {"zzz": 1},
-            "unknown key 'zzz'; allowed are calibration, compensation, compensation_options, description, format",
+            "unknown key 'zzz'; allowed are activations, calibration, compensation",
         ),
         ({"layers": {"a": {"bits": 4}}}, r"layers\['a'\]: unknown key 'bits'"),
         ({"layers": {"a": {"layers": {}}}}, r"layers\['a'\]: unknown key 'layers'"),

@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from quantlab_kernels import gpu, native, reference
+from quantlab_kernels import gpu, native, onednn, reference
+from quantlab_kernels.activations import ACTIVATIONS, quantize_rows
 
 # Up to so many rows of activations a kernel reads codes as they are; with more it pays to decode a panel of the weight
 # into cache and to multiply that as usual (docs/kernels.md has the measurement).
@@ -18,7 +19,9 @@ FEW_ROWS = 32
 _PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
 _BEST = f"cpu-{native.ISAS[-1]}"
 _CPU = tuple(f"cpu-{isa}" for isa in (*native.ISAS, native.INT8))
-KERNELS = ("reference", *_CPU, "gpu")
+# Products of 8 bits by 8, for activations that a scheme rounds.
+_ONEDNN, _W8A8 = "cpu-onednn", "gpu-w8a8"
+KERNELS = ("reference", *_CPU, _ONEDNN, "gpu", _W8A8)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def force(name: str | None) -> Iterator[None]:
 
 def configure() -> None:
     """Tell the operator that is registered in C++ what was forced; :func:`choose` refuses a name that is not known."""
-    native.configure(FEW_ROWS if _forced is None or _forced in _CPU else 0, _at_most())
+    native.configure(FEW_ROWS if _forced is None or _forced in (*_CPU, _ONEDNN) else 0, _at_most())
 
 
 def _at_most() -> str:
@@ -95,9 +98,15 @@ def choose(
     table: torch.Tensor,
     bits: int,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activations: str | None = None,
 ) -> Choice:
-    """What runs the product of ``x`` with such a weight; arguments as in :func:`reference.quantized_linear`."""
-    return _chosen(x, codes, scales, zeros, table, bits, None, low_rank)[0]
+    """What runs the product of ``x`` with such a weight; arguments as in :func:`quantlab_kernels.quantized_linear`."""
+    if activations is None:
+        return _chosen(x, codes, scales, zeros, table, bits, None, low_rank)[0]
+    if eight := _by_eight(x, scales, zeros, activations):
+        return Choice(eight)
+    values = x.new_empty(x.shape, dtype=_wide(x.dtype))
+    return _chosen(values, codes, scales, zeros, table, bits, None, None, rounded=True)[0]
 
 
 def _chosen(
@@ -109,8 +118,12 @@ def _chosen(
     bits: int,
     bias: torch.Tensor | None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+    rounded: bool = False,
 ) -> tuple[Choice, native.Weight | None]:
-    """What runs it, and the weight as the compiled kernels see it where it is one of them."""
+    """What runs it, and the weight as the compiled kernels see it where it is one of them.
+
+    ``rounded`` activations were rounded to 8 bits as a scheme wants it; no kernel may round them another way.
+    """
     if forced() == "reference":
         return Choice("reference", why="forced"), None
     if x.device.type == "cuda":
@@ -123,7 +136,7 @@ def _chosen(
     if x.dtype not in native.ACTIVATIONS or scales.dtype not in native.SCALES:
         return Choice("reference", why=f"{x.dtype} activations, {scales.dtype} scales"), None
     panels = x.numel() // x.shape[-1] > FEW_ROWS
-    at_most = native.ISAS[-1] if panels and _at_most() == native.INT8 else _at_most()
+    at_most = native.ISAS[-1] if (panels or rounded) and _at_most() == native.INT8 else _at_most()
     weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], bias, low_rank, at_most)
     return Choice(f"cpu-{weight.isa(x.dtype)}", panels), weight
 
@@ -138,9 +151,11 @@ def linear(
     bias: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     offset: int = 0,
+    *,
+    rounded: bool = False,
 ) -> torch.Tensor:
     """The product by the kernel that :func:`choose` names; see :func:`quantlab_kernels.quantized_linear`."""
-    choice, weight = _chosen(x, codes, scales, zeros, table, bits, bias, low_rank)
+    choice, weight = _chosen(x, codes, scales, zeros, table, bits, bias, low_rank, rounded)
     if choice.kernel == "gpu" and x.numel():
         return gpu.linear(x, codes, scales, zeros, table, bits, offset or None, bias, low_rank)
     if weight is None or x.numel() == 0:
@@ -155,6 +170,65 @@ def linear(
     else:
         y = weight.multiply(rows)
     return y.view(*x.shape[:-1], -1)
+
+
+def linear_dynamic(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+    offset: int,
+    activations: str,
+) -> torch.Tensor:
+    """The product where each row is rounded to 8 bits first; see :func:`quantlab_kernels.quantized_linear`.
+
+    8 bits by 8 where there is such a product. Else the numbers that rows were rounded to (bfloat16 holds them exactly)
+    are multiplied as any others, and their scales afterwards: the same, but for how sums and results are rounded.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    dtype = ACTIVATIONS[activations]
+    values, steps = quantize_rows(rows, dtype)
+    eight = _by_eight(x, scales, zeros, activations)
+    if eight == _W8A8:
+        weight = gpu.weight_w8a8(codes, scales, table, bits, x.shape[-1], dtype)
+        y, bias = gpu.product_w8a8(values, steps, *weight, bias, x.dtype), None
+    elif len(rows) == 1 and eight is None and x.device.type == "cpu":
+        # Its scale becomes a part of the weight's. (GPU kernels keep what they made of scales, and these are new ones.)
+        wide, scaled = values.to(_wide(x.dtype)), scales.float() * steps
+        y = linear(wide, codes, scaled, zeros, table, bits, offset=offset, rounded=True).to(x.dtype)
+    else:
+        if eight == _ONEDNN:
+            sums = onednn.product(values, codes, scales, table, bits)
+        else:
+            sums = linear(values.to(_wide(x.dtype)), codes, scales, zeros, table, bits, offset=offset, rounded=True)
+        y = torch.mul(sums, steps.unsqueeze(1), out=x.new_empty(sums.shape))
+    if low_rank is not None:
+        y += (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
+    if bias is not None:
+        y += bias.to(x.dtype)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _by_eight(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, activations: str) -> str | None:
+    """The kernel that multiplies 8 bits by 8, or None: it wants one scale for all that is summed."""
+    if zeros is not None or scales.shape[1] != 1 or not x.numel():
+        return None
+    if x.device.type == "cuda" and forced() in (None, _W8A8) and _gpu():
+        return _W8A8 if gpu.multiplies(ACTIVATIONS[activations], x.device) else None
+    if x.device.type != "cpu" or activations != "int8" or not onednn.available():
+        return None
+    # One row alone is read faster from the codes as they are stored; docs/kernels.md has the measurement.
+    pays = x.numel() > x.shape[-1] or native.library() is None
+    return _ONEDNN if forced() == _ONEDNN or (forced() is None and pays) else None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of rounded activations are computed in: float16 could not hold them."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _by_panels(x: torch.Tensor, weight: native.Weight) -> torch.Tensor:

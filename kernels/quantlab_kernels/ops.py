@@ -1,4 +1,5 @@
-"""``torch.ops.quantlab.linear``: one op that torch.compile and torch.export see, whatever runs it.
+"""``torch.ops.quantlab.linear``: one op that torch.compile and torch.export see, whatever runs it; and
+``torch.ops.quantlab.linear_dynamic``, the same for activations that are rounded to 8 bits first.
 
 ``linear`` is what models call. On the CPU its implementation is in C++ where that could be built
 (``csrc/torch_op.cpp``), which runs products of few rows itself and hands the others to ``linear_any``; else both are
@@ -21,6 +22,7 @@ _ARGUMENTS = (
 _LIBRARY = torch.library.Library("quantlab", "DEF")
 _LIBRARY.define(f"linear({_ARGUMENTS}) -> Tensor")
 _LIBRARY.define(f"linear_any({_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(f"linear_dynamic({_ARGUMENTS}, str activations) -> Tensor")
 
 
 def _linear(
@@ -43,12 +45,30 @@ def _fake(x: torch.Tensor, codes: torch.Tensor, *_: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
+def _linear_dynamic(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    table: torch.Tensor,
+    bits: int,
+    offset: int,
+    bias: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    activations: str,
+) -> torch.Tensor:
+    low_rank = None if left is None or right is None else (left, right)
+    return dispatch.linear_dynamic(x, codes, scales, zeros, table, bits, bias, low_rank, offset, activations)
+
+
 for _name in ("linear", "linear_any"):  # for all devices
     _LIBRARY.impl(_name, _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_dynamic", _linear_dynamic, "CompositeExplicitAutograd")
 if native.register():  # and in C++ for the CPU
     dispatch.configure()
-torch.library.register_fake("quantlab::linear", _fake, lib=_LIBRARY)
-torch.library.register_fake("quantlab::linear_any", _fake, lib=_LIBRARY)
+for _name in ("linear", "linear_any", "linear_dynamic"):
+    torch.library.register_fake(f"quantlab::{_name}", _fake, lib=_LIBRARY)
 
 
 def quantized_linear(
@@ -61,6 +81,7 @@ def quantized_linear(
     bias: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     offset: int = 0,
+    activations: str | None = None,
 ) -> torch.Tensor:
     """``x @ W.T + bias`` with W given by packed codes, by the best kernel there is.
 
@@ -74,6 +95,9 @@ def quantized_linear(
         bias: ``[out]`` or None; it gets no gradient.
         low_rank: ``(A [out, rank], B [rank, in])``: adds ``x @ B.T @ A.T``. They get no gradient.
         offset: where the table is the integers ``code + offset``, the offset (which is negative); else 0.
+        activations: what rows of ``x`` are rounded to first, each with a scale of its own, see
+            :func:`quantlab_kernels.quantize_rows`: ``int8``, ``fp8``, or None. The low-rank term sees them as they
+            are, and the gradient takes no notice of it.
 
     Returns:
         ``[..., out]`` in the dtype of ``x``.
@@ -81,17 +105,23 @@ def quantized_linear(
     left, right = low_rank or (None, None)
     arguments = (packed, scales, zeros, table, bits, offset, bias, left, right)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Differentiable.apply(x, *arguments)
-    return torch.ops.quantlab.linear(x, *arguments)
+        return _Differentiable.apply(x, activations, *arguments)
+    return _run(x, activations, *arguments)
+
+
+def _run(x: torch.Tensor, activations: str | None, *arguments: Any) -> torch.Tensor:
+    if activations is None:
+        return torch.ops.quantlab.linear(x, *arguments)
+    return torch.ops.quantlab.linear_dynamic(x, *arguments, activations)
 
 
 class _Differentiable(torch.autograd.Function):
     """The same product, for adapters trained on top of a quantized model: the weight itself has no gradient."""
 
     @staticmethod
-    def forward(context: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def forward(context: Any, x: torch.Tensor, activations: str | None, *arguments: Any) -> torch.Tensor:
         context.columns, context.arguments = x.shape[-1], arguments
-        return torch.ops.quantlab.linear(x, *arguments)
+        return _run(x, activations, *arguments)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -101,4 +131,4 @@ class _Differentiable(torch.autograd.Function):
         back = gradient @ weight
         if left is not None and right is not None:
             back = back + (gradient @ left.to(gradient.dtype)) @ right.to(gradient.dtype)
-        return back, *(None for _ in context.arguments)
+        return back, None, *(None for _ in context.arguments)

@@ -51,10 +51,14 @@ def number(value: float) -> str:
 
 
 def scheme_name(layer: LayerReport | InspectedLayer) -> str:
-    """A format, what shares a scale, and what is unusual: ``int4/64``, ``e2m1/32 e8m0``, ``int3/64 + qera-exact``."""
+    """A format, what shares a scale, and what is unusual: ``int4/64``, ``e2m1/32 e8m0``, ``int3/64 + qera-exact``.
+
+    What inputs are rounded to stands behind an x: ``int8/channel x int8``.
+    """
     scales = "" if layer.scale_dtype in _USUAL_SCALES else f" {layer.scale_dtype}"
     repair = "" if layer.compensation == "none" else f" + {layer.compensation}"
-    return f"{layer.format}/{layer.granularity}{scales}{repair}"
+    inputs = "" if layer.activations == "none" else f" x {layer.activations}"
+    return f"{layer.format}/{layer.granularity}{scales}{inputs}{repair}"
 
 
 def describe_calibration(calibration: Mapping[str, Any]) -> Iterator[str]:

@@ -233,7 +233,9 @@ def estimate(
 def _in_words(layer: PlannedLayer) -> str:
     scheme = layer.scheme
     compensation = "" if scheme.compensation == "none" else f" + {scheme.compensation}"
-    return f"{scheme.format}, {scheme.granularity} a scale in {scheme.scale_dtype}, {scheme.quantizer}{compensation}"
+    activations = "" if scheme.activations == "none" else f", activations {scheme.activations}"
+    scales = f"{scheme.granularity} a scale in {scheme.scale_dtype}"
+    return f"{scheme.format}, {scales}, {scheme.quantizer}{compensation}{activations}"
 
 
 def _by_block(plan: Plan) -> Counter[str]:

@@ -37,6 +37,7 @@ def planned_storage(layer: PlannedLayer, bias: bool = False) -> Storage:
         outer_scales=0 if not kind.block else 1 if kind.block < 0 else -(-count // kind.block),
         outer_offset=kind.centered,
         bias=bias,
+        activations=scheme.activations,
     )
 
 

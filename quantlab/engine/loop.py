@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
+from quantlab_kernels import rounded
 from torch import nn
 
 from quantlab.checkpoint.native import layer_tensors
@@ -67,6 +68,7 @@ class Run:
     states: int | None = None
     statistics_wait: bool = False
     ranks: Ranks = ALONE
+    _in_use: set[str] = field(default_factory=set, init=False)  # layers whose weights are the quantized ones
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -103,6 +105,7 @@ class Run:
             Calibration(
                 self.model, original, self.architecture, self.batches, list(waiting), sample, spill, self.ranks, disk
             ) as calibration,
+            self._inputs_rounded(),
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
@@ -173,6 +176,7 @@ class Run:
                 module = modules[answer.report.layer]
                 if used:
                     set_weight(module, answer.qtensor.dequantize(get_weight(module).dtype))
+                    self._in_use.add(answer.report.layer)
                 else:
                     module.weight = nn.Parameter(module.get_parameter("weight").to("meta"), requires_grad=False)
                 if answer.bias is not None:
@@ -192,7 +196,11 @@ class Run:
         """What is written of a block: its tensors, and how its layers fared and are stored."""
         quantized = {answer.report.layer: answer.qtensor for answer in answers}
         storages = {
-            name: Storage.of(qtensor, bias=getattr(self.model.get_submodule(name), "bias", None) is not None)
+            name: Storage.of(
+                qtensor,
+                bias=getattr(self.model.get_submodule(name), "bias", None) is not None,
+                activations=self.plan[name].scheme.activations,
+            )
             for name, qtensor in quantized.items()
         }
         reports = [answer.report for answer in answers]
@@ -218,6 +226,7 @@ class Run:
         for name, qtensor in quantized.items():
             module = self.model.get_submodule(name)
             set_weight(module, qtensor.dequantize(get_weight(module).dtype))
+            self._in_use.add(name)
         for name, tensor in rest.items():
             replace_tensor(self.model, name, tensor)
 
@@ -293,6 +302,30 @@ class Run:
             model.get_submodule(name).register_forward_pre_hook(hook(model, weight))
             for model in models
             for weight, name in self._embeddings.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _inputs_rounded(self) -> Iterator[None]:
+        """Let layers round their inputs as they will when they run, from the moment that their weights are quantized.
+
+        What is observed of an input is observed before: these hooks run after those at which batches stop.
+        """
+
+        def hook(name: str, activations: str) -> Callable[..., tuple[torch.Tensor, ...] | None]:
+            def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+                return (rounded(inputs[0], activations), *inputs[1:]) if name in self._in_use else None
+
+            return before
+
+        handles = [
+            self.model.get_submodule(name).register_forward_pre_hook(hook(name, layer.scheme.activations))
+            for name, layer in self.plan.items()
+            if layer.scheme.activations != "none"
         ]
         try:
             yield

@@ -28,7 +28,8 @@ def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[s
     only if a pattern names them.
 
     Raises:
-        RecipeError: a pattern that matches no layer, a method or option that does not exist.
+        RecipeError: a pattern that matches no layer, a method or option that does not exist, activations that do not
+            go with a layer's weight.
         PreflightError: a group size that does not divide a layer's inputs; a recipe that leaves nothing to do.
     """
     for pattern in recipe.layers:
@@ -40,6 +41,11 @@ def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[s
         named = any(matches(pattern, name) for pattern in recipe.layers)
         scheme = recipe.scheme(name)
         if not scheme.keeps and (name in blocks or named):
+            if name in architecture.embeddings and scheme.activations != "none":
+                raise RecipeError(
+                    f"{name}: activations {scheme.activations}: an embedding is looked up and multiplies nothing; "
+                    "set activations: none for it"
+                )
             shape = features(model.get_submodule(name))
             planned[name] = plan_layer(name, blocks.get(name, ""), shape, scheme)
     if not planned:

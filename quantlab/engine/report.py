@@ -27,6 +27,7 @@ class LayerReport:
         metric: see ``error``.
         tokens: calibration tokens that it saw; 0 if it needed none, or none reached it.
         notes: what a person should know.
+        activations: what its inputs are rounded to, or ``"none"``; the error is of its weight alone.
         seconds: time spent on it; None for a layer that an earlier, interrupted run did.
     """
 
@@ -44,6 +45,7 @@ class LayerReport:
     notes: tuple[str, ...] = ()
     compensation: str = "none"
     scale_dtype: str = ""
+    activations: str = "none"
     seconds: float | None = None
 
     def record(self) -> dict[str, Any]:

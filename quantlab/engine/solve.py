@@ -12,8 +12,9 @@ import torch
 from quantlab.compensation import Compensation, make_compensation
 from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.report import LayerReport
-from quantlab.errors import CheckpointError
+from quantlab.errors import CheckpointError, RecipeError
 from quantlab.numerics import QTensor, scale_type
+from quantlab.numerics.activations import reason_against
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
 from quantlab.quantizers import Quantizer, make_quantizer
 from quantlab.recipe import Scheme
@@ -65,8 +66,14 @@ def plan_layer(name: str, block: str, shape: tuple[int, int], scheme: Scheme) ->
     """Resolve a layer's methods.
 
     Raises:
-        RecipeError: the scheme names a method or an option that does not exist, or two that exclude each other.
+        RecipeError: the scheme names a method or an option that does not exist, two that exclude each other, or
+            activations that such a weight cannot be multiplied with.
     """
+    form = scheme.known_format
+    if form is not None and (reason := reason_against(scheme.activations, form, scheme.granularity, scheme.symmetric)):
+        raise RecipeError(
+            f"{name}: activations {scheme.activations}: {reason}; or set activations: none for this layer"
+        )
     compensation = None
     if scheme.compensation != "none":
         compensation = make_compensation(scheme.compensation, scheme.compensation_options)
@@ -173,6 +180,7 @@ def _solve_stack(
             quantizer=layer.scheme.quantizer,
             compensation=layer.scheme.compensation,
             scale_dtype=layer.scheme.scale_dtype,
+            activations=layer.scheme.activations,
             format=qtensor.grid.name,
             granularity=layer.scheme.granularity,
             shape=qtensor.shape,

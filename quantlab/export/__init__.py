@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ FORMATS = {
     "gguf": "gguf",
     "peft": "peft",
 }
+_WEIGHTS_ALONE = ("gptq", "gguf")
 
 
 def export(
@@ -53,4 +55,13 @@ def export(
     if requantize and "requantize" not in parameters:
         raise CheckpointError(f"--requantize: {to} holds nothing that could be rounded again")
     chosen = {**(settings or {}), **({"requantize": True} if requantize else {})}
-    return run(QuantizedFolder(folder), Path(out).expanduser(), **chosen)
+    source = QuantizedFolder(folder)
+    done = run(source, Path(out).expanduser(), **chosen)
+    rounds = [storage.activations for storage in source.layers.values() if storage.activations != "none"]
+    if to in _WEIGHTS_ALONE and rounds:
+        note = (
+            f"{to} has no word for activations: that inputs of {len(rounds)} layers are rounded to {rounds[0]} is not "
+            "in the file, and whoever reads it multiplies them as it sees fit"
+        )
+        done = replace(done, notes=(*done.notes, note))
+    return done

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantlab_kernels import pack
+from quantlab_kernels import ACTIVATIONS, pack
 from torch import nn
 
 from quantlab.export.base import CannotHoldError, as_words, granularity_of, integers_of, same_in, sign_and_magnitude
@@ -28,23 +28,32 @@ _FLOATS: dict[tuple[str, int | str, str], tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class EncodedLayer:
-    """One layer in the format: its scheme, and its tensors by the names behind the layer's."""
+    """One layer in the format: its scheme, and its tensors by the names behind the layer's.
+
+    Attributes:
+        format: as the library calls the layout.
+        arguments: what it is told of the weight.
+        tensors: by leaf name.
+        inputs: what it is told of activations, or None: they stay as they are.
+    """
 
     format: str
     arguments: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    inputs: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
         """For a person: format, codes, and what shares a scale."""
         size = self.arguments.get("group_size")
         kind = f"{self.arguments['type']}{self.arguments['num_bits']}"
-        return f"{self.format} {kind}, {f'group {size}' if size else self.arguments['strategy']}"
+        inputs = "" if self.inputs is None else f", inputs {self.inputs['type']}{self.inputs['num_bits']} a token"
+        return f"{self.format} {kind}, {f'group {size}' if size else self.arguments['strategy']}{inputs}"
 
     @property
-    def scheme(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    def scheme(self) -> tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
         """What layers that are stored alike have in common."""
-        return self.format, tuple(sorted(self.arguments.items()))
+        return self.format, tuple(sorted(self.arguments.items())), tuple(sorted((self.inputs or {}).items()))
 
 
 def reason_against(storage: Storage, module: nn.Module, usual: int | None = None) -> str | None:
@@ -70,13 +79,14 @@ def _of(size: int | str) -> str:
     return f"groups of {size}" if isinstance(size, int) else f"each {size}"
 
 
-def encode(qtensor: QTensor, dtype: torch.dtype, usual: int | None = None) -> EncodedLayer:
+def encode(qtensor: QTensor, dtype: torch.dtype, usual: int | None = None, activations: str = "none") -> EncodedLayer:
     """A layer's scheme and tensors.
 
     Args:
         qtensor: without a low-rank correction.
         dtype: of the model, which scales are stored in.
         usual: the group size of the model's other layers.
+        activations: what the layer's inputs are rounded to.
 
     Raises:
         CannotHoldError: the format has no such scheme, or the scales are no numbers of ``dtype``.
@@ -86,6 +96,8 @@ def encode(qtensor: QTensor, dtype: torch.dtype, usual: int | None = None) -> En
     if reason is not None:
         raise CannotHoldError(reason)
     size = granularity_of(storage, usual)
+    if activations != "none":
+        return _by_eight(qtensor, storage, size, dtype, activations)
     if storage.format.startswith("int"):
         return _integers(qtensor, storage, size, dtype)
     kind, bits = _FLOATS[(storage.format, size, storage.scale_dtype)]
@@ -116,6 +128,19 @@ def _integers(qtensor: QTensor, storage: Storage, size: int | str, dtype: torch.
         "weight_shape": torch.tensor(qtensor.shape, dtype=torch.int64),
     }
     return EncodedLayer("pack-quantized", _arguments(storage.bits, "int", size), tensors)
+
+
+def _by_eight(
+    qtensor: QTensor, storage: Storage, size: int | str, dtype: torch.dtype, activations: str
+) -> EncodedLayer:
+    """A weight that meets activations of 8 bits: a byte a weight, whatever its bits, as servers multiply it."""
+    kind, name = ("int", "int-quantized") if activations == "int8" else ("float", "float-quantized")
+    if isinstance(size, int):  # one group a row, and neighbours with several
+        size = "channel"
+    values = qtensor.grid.values[qtensor.codes.int()]
+    tensors = {"weight": values.to(ACTIVATIONS[activations]), "weight_scale": _scales(qtensor, dtype)}
+    inputs = {**_arguments(8, kind, "token"), "dynamic": True}
+    return EncodedLayer(name, _arguments(storage.bits, kind, size), tensors, inputs)
 
 
 def _nvfp4(qtensor: QTensor, arguments: dict[str, Any]) -> EncodedLayer:

@@ -39,7 +39,7 @@ from quantlab.numerics import QTensor
 
 _REMEDY = (
     "export with --requantize to round such layers again to integers, to another format, or quantize the original with "
-    "a recipe that compressed-tensors can express (w4-gptq, w8-rtn, mxfp4, nvfp4)"
+    "a recipe that compressed-tensors can express (w4-gptq, w8-rtn, w8a8, fp8, mxfp4, nvfp4)"
 )
 
 
@@ -71,7 +71,8 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
                 done.append(ExportedLayer(name, "dense", False, "decoded: the format quantizes linear layers only"))
                 return {"weight": _dense(source.layer(name), modules[name], source.dtype)}
             qtensor, moved = _under_common(source.layer(name), common.get(name))
-            encoded, report = _encoded(name, qtensor, source.dtype, requantize, usual)
+            activations = source.layers[name].activations
+            encoded, report = _encoded(name, qtensor, source.dtype, requantize, usual, activations)
             if moved and report.exact:
                 report = replace(report, exact=False, note="rounded again: under a global scale of its fused set")
             kept_of_it = {key: value for key, value in encoded.tensors.items() if value.numel() == 1}
@@ -107,7 +108,7 @@ def _check_headers(
 
 
 def _encoded(
-    name: str, qtensor: QTensor, dtype: torch.dtype, requantize: bool, usual: int | None
+    name: str, qtensor: QTensor, dtype: torch.dtype, requantize: bool, usual: int | None, activations: str
 ) -> tuple[EncodedLayer, ExportedLayer]:
     note = ""
     if qtensor.low_rank is not None and not requantize:
@@ -115,13 +116,14 @@ def _encoded(
     try:
         if qtensor.low_rank is not None:
             raise CannotHoldError("it has a low-rank correction")
-        encoded = encode(qtensor, dtype, usual)
+        encoded = encode(qtensor, dtype, usual, activations)
     except CannotHoldError as error:
         if not requantize:
             raise CheckpointError(f"{name}: compressed-tensors cannot hold it as it is: {error}; {_REMEDY}") from error
         size = granularity_of(Storage.of(qtensor), usual)
         bits = min(max(qtensor.grid.bits, 2), 8)
-        encoded = encode(rounded_again(qtensor, bits, size, DTYPES.get(dtype, "bfloat16")), dtype, usual)
+        again = rounded_again(qtensor, bits, size, DTYPES.get(dtype, "bfloat16"))
+        encoded = encode(again, dtype, usual, "none" if activations == "none" else "int8")
         note = f"rounded again: {error}"
     return encoded, ExportedLayer(name, encoded.label, not note, note)
 
@@ -175,11 +177,11 @@ def _config(schemes: Mapping[str, EncodedLayer], linear: list[str]) -> dict[str,
         groups.setdefault(encoded.scheme, []).append(name)
     formats = sorted({encoded.format for encoded in schemes.values()})
     described = {}
-    for index, ((kind, arguments), names) in enumerate(groups.items()):
+    for index, ((kind, arguments, inputs), names) in enumerate(groups.items()):
         described[f"group_{index}"] = {
             "targets": ["Linear"] if len(groups) == 1 else names,
             "weights": dict(arguments),
-            "input_activations": None,
+            "input_activations": dict(inputs) or None,
             "output_activations": None,
             "format": kind,
         }

@@ -1,5 +1,6 @@
 """What a number can be: grids, scales, quantized tensors. Pure functions on tensors."""
 
+from quantlab.numerics.activations import ACTIVATIONS
 from quantlab.numerics.fit import Sample
 from quantlab.numerics.format import Format, format_called, grid
 from quantlab.numerics.grid import Grid
@@ -8,6 +9,7 @@ from quantlab.numerics.scale import Granularity, Scales, apply_scales, choose_sc
 from quantlab.numerics.scale_type import OuterScales, ScaleType, decode_scales, scale_type
 
 __all__ = [
+    "ACTIVATIONS",
     "Format",
     "Granularity",
     "Grid",

@@ -67,6 +67,7 @@ def _difference(storage: Storage, scheme: Scheme) -> str:
         "scales": (storage.scale_shape, (rows, groups)),
         "scale_dtype": (storage.scale_dtype, str(scale_type(scheme.scale_dtype).dtype).removeprefix("torch.")),
         "symmetric": (storage.zero_dtype is None, scheme.symmetric),
+        "activations": (storage.activations, scheme.activations),
     }
     for what, (found, said) in expected.items():
         if found != said and not (what == "symmetric" and said):  # some methods choose zeros of their own
@@ -82,7 +83,8 @@ def differing_sets(folder: QuantizedFolder) -> list[str]:
         for name in members:
             storage = folder.layers[name]
             family = storage.format.partition(":")[0]  # fitted tables differ from layer to layer
-            kinds.add((family, storage.in_features // storage.scale_shape[1], storage.scale_dtype))
+            size = storage.in_features // storage.scale_shape[1]
+            kinds.add((family, size, storage.scale_dtype, storage.activations))
         if len(kinds) > 1:
             differing.append("/".join([members[0], *(name.rpartition(".")[2] for name in members[1:])]))
     return differing

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from quantlab_kernels import rounded
 from torch import nn
 
 from quantlab.checkpoint.placement import unload
@@ -18,9 +19,16 @@ _Load = Callable[[nn.Module, set[str]], None]
 def decoded_logits(folder: QuantizedFolder, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits ``[prompts, length, vocabulary]`` of prompts of one length, in float32, by weights decoded from codes.
 
-    Nothing of how the folder is loaded for use has a part in it: no kernel, no module of ours, no plug-in.
+    Nothing of how the folder is loaded for use has a part in it: no kernel, no module of ours, no plug-in; of
+    activations that are rounded to 8 bits only what they are rounded to.
     """
-    return _streamed(folder.skeleton(dtype=torch.float32), folder.load, prompts)
+    model = folder.skeleton(dtype=torch.float32)
+    for name, storage in folder.layers.items():
+        if storage.activations != "none":
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, inputs, to=storage.activations: (rounded(inputs[0], to), *inputs[1:])
+            )
+    return _streamed(model, folder.load, prompts)
 
 
 def original_logits(source: ModelSource, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

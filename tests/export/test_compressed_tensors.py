@@ -63,6 +63,49 @@ def test_plain_from_pretrained_decodes_the_same_weights(name, tmp_path):
     assert (found - ours).abs().max() < 0.05 * ours.std()
 
 
+ACTIVATIONS = {
+    "w8a8": {"format": "int8", "granularity": "channel", "activations": "int8"},
+    "w4a8": {"format": "int4", "granularity": "channel", "activations": "int8"},
+    "w8a8-tensor": {"format": "int8", "granularity": "tensor", "activations": "int8"},
+    "fp8": {"format": "e4m3", "granularity": "channel", "activations": "fp8"},
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_rounded_by_the_library_as_they_are_here(name, tmp_path):
+    folder = quantized(tmp_path, ACTIVATIONS[name])
+    done = export(folder, "compressed-tensors", tmp_path / "ct")
+    assert done.exact
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    kind = "float" if name == "fp8" else "int"
+    assert config["format"] == group["format"] == f"{kind}-quantized"
+    inputs = {key: group["input_activations"][key] for key in ("num_bits", "type", "symmetric", "strategy", "dynamic")}
+    assert inputs == {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    model = loaded(tmp_path / "ct")
+    assert logits(model).isfinite().all()
+    our_model = quantlab.load(folder)
+    for layer, weight in decoded(folder).items():
+        assert torch.equal(model.get_submodule(layer).weight, weight.to(torch.bfloat16)), layer
+        x = torch.randn(2, 8, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+        theirs, ours = (each.get_submodule(layer)(x).float() for each in (model, our_model))
+        without = x.float() @ weight.T
+        assert (theirs - without).norm() > 0.5 * (ours - without).norm()
+        # The library divides by 127.5 where servers and we divide by 127, and rounds scales to bfloat16.
+        assert (theirs - ours).norm() < 1.6 * (ours - without).norm()
+        assert (ours - without).norm() < (0.04 if name == "fp8" else 0.015) * without.norm()
+
+
+@pytest.mark.parametrize("to", ["gptq", "gguf"])
+def test_formats_of_weights_alone_say_what_is_lost(to, tmp_path):
+    folder = quantized(tmp_path, ACTIVATIONS["w8a8"])
+    try:
+        done = export(folder, to, tmp_path / ("m.gguf" if to == "gguf" else "m"))
+    except CheckpointError as error:
+        pytest.skip(f"{to} needs more than this model has: {error}")
+    assert any("no word for activations" in note and "int8" in note for note in done.notes)
+
+
 @pytest.mark.parametrize("name", ["int3", "int8-channel", "mxfp4"])
 def test_the_dequantizing_load_agrees(name, tmp_path):
     from transformers import CompressedTensorsConfig

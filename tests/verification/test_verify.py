@@ -113,6 +113,8 @@ def test_decoding_one_module_at_a_time_is_the_model(name, tmp_path):
         ("llama", {"compensation": "lorc", "compensation_options": {"rank": 2}}),
         ("llama", {"layers": {"lm_head": {"format": "int8"}, "model.embed_tokens": {"format": "int8"}}}),
         ("llama", {"layers": {"*.layers.1.*": {"format": "none"}}}),
+        ("llama", {"format": "int8", "granularity": "channel", "activations": "int8"}),
+        ("llama", {"format": "e4m3", "granularity": "channel", "activations": "fp8"}),
     ],
 )
 def test_sound_folders_pass_and_keep_a_digest(name, changes, tmp_path, in_process):

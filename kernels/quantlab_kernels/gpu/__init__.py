@@ -21,9 +21,20 @@ from quantlab_kernels.gpu.layout import Layout
 
 if TYPE_CHECKING:
     from quantlab_kernels.gpu.matmul import linear, product
+    from quantlab_kernels.gpu.w8a8 import multiplies, product_w8a8, weight_w8a8
     from quantlab_kernels.gpu.weight import prepare
 
-__all__ = ["Answer", "available", "linear", "prepare", "product", "supports"]
+__all__ = [
+    "Answer",
+    "available",
+    "linear",
+    "multiplies",
+    "prepare",
+    "product",
+    "product_w8a8",
+    "supports",
+    "weight_w8a8",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ def supports(dtype: torch.dtype, bits: int, columns: int, groups: int) -> Answer
 
 
 _HOMES = {"linear": "matmul", "product": "matmul", "prepare": "weight"}
+_HOMES |= dict.fromkeys(("multiplies", "product_w8a8", "weight_w8a8"), "w8a8")
 
 
 def __getattr__(name: str) -> Any:

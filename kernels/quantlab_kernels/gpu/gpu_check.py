@@ -57,7 +57,8 @@ def errors(
 
 def errors_w8a8(kind: torch.dtype, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """As :func:`errors`, for 8-bit activations: what is compared is the product, not how activations are rounded."""
-    from quantlab_kernels.gpu.w8a8 import product_w8a8, quantize_rows
+    from quantlab_kernels.activations import quantize_rows
+    from quantlab_kernels.gpu.w8a8 import product_w8a8
 
     found = {}
     for outputs, columns in ((264, 1024), (130, 592)):

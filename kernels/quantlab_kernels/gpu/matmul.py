@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
-
 import torch
 
 from quantlab_kernels.gpu import tune
 from quantlab_kernels.gpu.configs import Config, device_of
 from quantlab_kernels.gpu.plans import plan_for
 from quantlab_kernels.gpu.weight import DTYPES, GpuWeight, prepare
+from quantlab_kernels.kept import Kept
 
 
 def linear(
@@ -47,31 +45,15 @@ def linear(
     Raises:
         ValueError: the kernels have no layout for this weight, or ``x`` is not of 16 bits.
     """
-    given = (scales, zeros, table, bias, *(low_rank or ()))
-    version = 0 if codes.is_inference() else codes._version
-    kept = _kept.get(id(codes))
-    if kept is None or kept.codes() is not codes or kept.version != version:
-        words = None
-    elif len(kept.given) == len(given) and all(a is b for a, b in zip(kept.given, given, strict=True)):
-        return product(x, kept.weight)
-    else:
-        words = kept.weight.words
-    weight = prepare(codes, scales, zeros, table, bits, offset, x.shape[-1], bias, low_rank, words=words)
-    key = id(codes)
-    _kept[key] = _Kept(weakref.ref(codes, lambda _: _kept.pop(key, None)), version, given, weight)
-    return product(x, weight)
+
+    def make(before: GpuWeight | None) -> GpuWeight:
+        words = None if before is None else before.words
+        return prepare(codes, scales, zeros, table, bits, offset, x.shape[-1], bias, low_rank, words=words)
+
+    return product(x, _kept.of(codes, (scales, zeros, table, bias, *(low_rank or ())), make))
 
 
-class _Kept(NamedTuple):
-    """A weight that was prepared, and of what: the codes in which version, and the other tensors."""
-
-    codes: weakref.ref[torch.Tensor]
-    version: int
-    given: tuple[torch.Tensor | None, ...]
-    weight: GpuWeight
-
-
-_kept: dict[int, _Kept] = {}
+_kept: Kept[GpuWeight] = Kept()
 
 
 def product(

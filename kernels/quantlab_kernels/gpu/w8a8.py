@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from quantlab_kernels.activations import ACTIVATIONS, quantize_rows, values_of_codes
 from quantlab_kernels.gpu.configs import W8A8Config, choose_w8a8, device_of
-
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+from quantlab_kernels.kept import Kept
 
 
 @triton.jit
@@ -59,23 +59,6 @@ def gemm_w8a8(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(n < out_features)[:, None] & (m < rows)[None, :])
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as 8-bit numbers, the largest magnitude of each at the end of the range, and their scales.
-
-    Args:
-        x: ``[rows, columns]`` of any float dtype.
-        dtype: int8 or float8_e4m3fn.
-
-    Returns:
-        ``[rows, columns]`` in ``dtype``, rounded to nearest, and float32 ``[rows]``.
-    """
-    wide = x.float()
-    scales = wide.abs().amax(1) / _LARGEST[dtype]
-    # A row of zeros, or of numbers so small that their scale vanishes, is zeros.
-    ratio = torch.where(scales[:, None] > 0, wide / scales[:, None], 0.0).clamp(-_LARGEST[dtype], _LARGEST[dtype])
-    return (ratio.round() if dtype == torch.int8 else ratio).to(dtype), scales
-
-
 def linear_w8a8(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -97,7 +80,39 @@ def linear_w8a8(
         ``[..., out]`` in the dtype of ``x``.
     """
     codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]), weight.dtype)
-    return product_w8a8(codes, scales, weight, weight_scales, bias, x.dtype, config=config).view(*x.shape[:-1], -1)
+    y = product_w8a8(codes, scales, weight, weight_scales, bias, x.dtype, config=config)
+    return y.view(*x.shape[:-1], -1)
+
+
+class Weight8(NamedTuple):
+    """A weight as :func:`product_w8a8` takes it: int8 or float8_e4m3fn ``[out, in]``, and float32 scales ``[out]``."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+def weight_w8a8(
+    codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, bits: int, columns: int, dtype: torch.dtype
+) -> Weight8:
+    """The weight of packed codes, kept beside them for as long as they live.
+
+    Args:
+        codes: uint8 ``[out, packed_width(in, bits)]``, see :mod:`quantlab_kernels.packing`.
+        scales: ``[out, 1]`` or ``[1, 1]``.
+        table: of values that ``dtype`` holds exactly.
+        bits: width of a code.
+        columns: inputs.
+        dtype: int8 or float8_e4m3fn.
+    """
+
+    def make(_: Weight8 | None) -> Weight8:
+        values = values_of_codes(codes, table, bits, columns, dtype)
+        return Weight8(values, scales.float().flatten().expand(len(codes)).contiguous())
+
+    return _kept.of(codes, (scales, table), make)
+
+
+_kept: Kept[Weight8] = Kept()
 
 
 def product_w8a8(
@@ -105,8 +120,8 @@ def product_w8a8(
     scales: torch.Tensor,
     weight: torch.Tensor,
     weight_scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     *,
     config: W8A8Config | None = None,
 ) -> torch.Tensor:
@@ -115,10 +130,10 @@ def product_w8a8(
     Raises:
         ValueError: the two are not both int8 or both float8_e4m3fn, or the device has no tensor cores for e4m3.
     """
-    if codes.dtype != weight.dtype or codes.dtype not in _LARGEST:
+    if codes.dtype != weight.dtype or codes.dtype not in ACTIVATIONS.values():
         raise ValueError(f"{codes.dtype} meets {weight.dtype}: both must be int8, or both float8_e4m3fn")
     device = device_of(codes.device)
-    if codes.dtype != torch.int8 and not multiplies_e4m3(device.architecture):
+    if not multiplies(codes.dtype, codes.device):
         raise ValueError(f"{device.architecture} does not multiply float8_e4m3fn; use int8")
     config = config or choose_w8a8(device, len(codes))
     codes, weight = codes.contiguous(), weight.contiguous()
@@ -146,6 +161,11 @@ def w8a8_constants(config: W8A8Config, integer: bool, full: bool, bias: bool) ->
         "BK": config.block_k,
         "TOGETHER": 8,
     }
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device's tensor cores take such 8-bit numbers."""
+    return dtype == torch.int8 or multiplies_e4m3(device_of(device).architecture)
 
 
 def multiplies_e4m3(architecture: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from quantlab_kernels.activations import quantize_rows
 from quantlab_kernels.gpu import matmul, plans, w8a8
 from quantlab_kernels.gpu.configs import GemmConfig, GemvConfig, PanelConfig, W8A8Config
 from quantlab_kernels.gpu.weight import prepare
@@ -277,20 +278,21 @@ def test_the_entry_is_the_reference_and_keeps_what_it_prepared():
     assert y.shape == (2, 3, 24)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=0.1)
-    (kept,) = [kept for kept in matmul._kept.values() if kept.codes() is codes]
+    entries = matmul._kept._entries
+    (kept,) = [kept for kept in entries.values() if kept.codes() is codes]
     matmul.linear(x, *arguments, subject.offset, subject.bias, subject.low_rank)
-    assert matmul._kept[id(codes)] is kept
+    assert entries[id(codes)] is kept
     # Other scales, the same codes: the order is kept, the rest is not.
     doubled = matmul.linear(x, codes, subject.scales * 2, *arguments[2:], subject.offset)
     expected = quantized_linear(x, codes, subject.scales * 2, *arguments[2:])
     torch.testing.assert_close(doubled, expected, rtol=2e-3, atol=0.1)
-    assert matmul._kept[id(codes)].weight.words is kept.weight.words
+    assert entries[id(codes)].made.words is kept.made.words
     codes += 1  # changed in place: prepared anew
     changed = matmul.linear(x, *arguments, subject.offset, subject.bias, subject.low_rank)
     assert not torch.equal(changed, y)
     key = id(codes)
     del codes, arguments
-    assert key not in matmul._kept
+    assert key not in entries
 
 
 def test_strided_and_empty_activations():
@@ -319,8 +321,8 @@ def test_what_can_not_be_multiplied_is_refused():
 @pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 128, 40), (70, 200, 24), (33, 256, 65)])
 def test_eight_bits_by_eight(rows, columns, outputs, dtype):
     x, w = activations(rows, columns, torch.float32), activations(outputs, columns, torch.float32, 2)
-    codes, scales = w8a8.quantize_rows(x, dtype)
-    weight, weight_scales = w8a8.quantize_rows(w, dtype)
+    codes, scales = quantize_rows(x, dtype)
+    weight, weight_scales = quantize_rows(w, dtype)
     bias = activations(1, outputs, torch.float32, 3)[0]
     config = W8A8Config(64, 32, 128, 1, 1)
     y = w8a8.product_w8a8(codes, scales, weight, weight_scales, bias, torch.float32, config=config)
@@ -330,9 +332,23 @@ def test_eight_bits_by_eight(rows, columns, outputs, dtype):
     assert_near(w8a8.linear_w8a8(x, weight, weight_scales, bias, config=config), exact, 2.0**-21)
 
 
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+def test_a_stored_weight_is_the_one_that_is_multiplied(form):
+    dtype = torch.int8 if form == "int8" else torch.float8_e4m3fn
+    table, x = grid(form).values, activations(5, 128, torch.float32)
+    indices = torch.randint(0, len(table), (24, 128), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    codes, scales = pack(indices, grid(form).bits), torch.rand(24, 1) + 0.5
+    weight = w8a8.weight_w8a8(codes, scales, table, grid(form).bits, 128, dtype)
+    assert w8a8.weight_w8a8(codes, scales, table, grid(form).bits, 128, dtype) is weight
+    values, steps = quantize_rows(x, dtype)
+    y = w8a8.product_w8a8(values, steps, *weight, config=W8A8Config(64, 32, 128, 1, 1))
+    left, right = values.double() * steps[:, None].double(), table[indices.int()].double() * scales.double()
+    assert_near(y, (left @ right.T, left.abs() @ right.abs().T), 2.0**-21)
+
+
 def test_rows_are_quantized_to_nearest():
     x = torch.tensor([[1.0, -127.0, 0.49, 0.51, 63.5], [0.0] * 5])
-    codes, scales = w8a8.quantize_rows(x, torch.int8)
+    codes, scales = quantize_rows(x, torch.int8)
     assert scales.tolist() == [1.0, 0.0]
     assert codes.tolist() == [[1, -127, 0, 1, 64], [0] * 5]
 

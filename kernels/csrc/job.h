@@ -131,14 +131,15 @@ inline void load_floats(const void *data, int type, int64_t first, int64_t count
     }
 }
 
-// Memory of one call: zeroed, so that what lies behind the end of a row may be read, and on cache lines.
+// Memory of one call, on cache lines: zeroed, so that what lies behind the end of a row may be read, unless all that is read
+// was written before.
 template <typename T>
 struct Buffer {
-    explicit Buffer(int64_t count) : count(count) {
+    explicit Buffer(int64_t count, bool zeroed = true) : count(count) {
         const size_t bytes = (size_t(count) * sizeof(T) / 64 + 1) * 64;
         block = malloc(bytes + 63);
         data = reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(block) + 63) / 64 * 64);
-        if (block) memset(data, 0, bytes);
+        if (block && zeroed) memset(data, 0, bytes);
     }
     ~Buffer() { free(block); }
     Buffer(const Buffer &) = delete;

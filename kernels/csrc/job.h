@@ -66,9 +66,8 @@ inline float from_bfloat16(uint16_t half) { return bits_to_float(uint32_t(half) 
 
 // Round to nearest even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
-    uint32_t bits = float_to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    const uint32_t bits = float_to_bits(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
 inline float from_float16(uint16_t half) {
@@ -114,6 +113,14 @@ inline void store_float(void *data, int type, int64_t i, float value) {
         case QL_FLOAT16: static_cast<uint16_t *>(data)[i] = to_float16(value); break;
         default: static_cast<uint16_t *>(data)[i] = to_bfloat16(value);
     }
+}
+
+// `count` numbers, rounded to elements of `type` from `first` on.
+inline void store_floats(void *data, int type, int64_t first, const float *values, int64_t count) {
+    if (type == QL_BFLOAT16)  // by far the most, and a loop without a branch
+        for (int64_t i = 0; i < count; i++) static_cast<uint16_t *>(data)[first + i] = to_bfloat16(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) store_float(data, type, first + i, values[i]);
 }
 
 // `count` elements from `first` on, as float32.

@@ -204,17 +204,20 @@ struct Product {
     Product(const ql_weight &of, int64_t rows, int64_t pieces)
         : weight(of), sums(rows * pieces * of.outputs, false), projected(rows * of.rank, false) {}
 
-    // The outputs begin..end of all rows: what was summed, with all that is added to it.
-    void store(const Kernel &kernel, int64_t rows, int64_t pieces, const Output &to, int64_t begin, int64_t end) const {
-        for (int64_t m = 0; m < rows; m++)
-            for (int64_t n = begin; n < end; n++) {
+    // The outputs begin..end of all rows: what was summed, with all that is added to it. A row's first piece becomes the whole.
+    void store(const Kernel &kernel, int64_t rows, int64_t pieces, const Output &to, int64_t begin, int64_t end) {
+        for (int64_t m = 0; m < rows; m++) {
+            float *whole = sums.data + m * pieces * weight.outputs;
+            for (int64_t n = begin; n < end && (weight.bias || weight.rank || pieces > 1); n++) {
                 float value = weight.bias ? load_as_float(weight.bias, weight.bias_type, n) : 0.0f;
-                for (int64_t p = pieces - 1; p >= 0; p--) value += sums.data[(m * pieces + p) * weight.outputs + n];
+                for (int64_t p = pieces - 1; p >= 0; p--) value += whole[p * weight.outputs + n];
                 if (weight.rank)
                     value += kernel.dot(weight.left, weight.left_type, n * weight.rank,
                                         projected.data + m * weight.rank, weight.rank);
-                store_float(to.y, to.type, m * to.width + to.first + n, value);
+                whole[n] = value;
             }
+            store_floats(to.y, to.type, m * to.width + to.first + begin, whole + begin, end - begin);
+        }
     }
 
     Padded weight;
@@ -237,7 +240,7 @@ bool multiply(const Kernel &kernel, const ql_weight *weights, int count, const v
     std::optional<Product> products[kTogether];
     int64_t starts[kTogether], outputs = 0, wide = 0;
     for (int i = 0; i < count; i++) {
-        const Product &product = products[i].emplace(weights[i], rows, activations.pieces);
+        Product &product = products[i].emplace(weights[i], rows, activations.pieces);
         if (!product.sums.block || !product.projected.block) return false;
         if (product.weight.rank) project(kernel, product.weight, x, rows, output.type, threads, product.projected.data);
         starts[i] = wide;

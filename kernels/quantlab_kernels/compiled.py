@@ -32,8 +32,22 @@ def compile_options(cpp_wrapper: bool) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"post_grad_custom_pre_pass": GraphPass()}
     if cpp_wrapper and native.register() and hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
-        options["aot_inductor.custom_ops_to_c_shims"] = {_LINEARS: [native.LINEARS_IN_C]}
+        options["aot_inductor.custom_ops_to_c_shims"] = _InC(native.LINEARS_IN_C)
     return options
+
+
+class _InC(dict[Any, list[str]]):
+    """The declaration of ``quantlab::linears`` in C, as torch asks for it.
+
+    Torch pickles its options to name what it keeps in its cache, and cannot pickle an operator.
+    """
+
+    def __init__(self, declaration: str) -> None:
+        super().__init__({_LINEARS: [declaration]})
+        self.declaration = declaration
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.declaration,)
 
 
 class GraphPass(CustomGraphPass):

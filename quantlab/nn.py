@@ -293,6 +293,13 @@ class QuantLinear(_Quantized):
         """What inputs are rounded to before they are multiplied, or None."""
         return None if self.storage.activations == "none" else self.storage.activations
 
+    @staticmethod
+    def compile_options(cpp_wrapper: bool) -> dict[str, Any]:
+        """What torch's compiler is told of such layers; :mod:`quantlab_kernels.compiled` says why."""
+        from quantlab_kernels.compiled import compile_options  # which takes the compiler with it
+
+        return compile_options(cpp_wrapper)
+
     def _operands(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Scales and low-rank factors as kernels take them: scales of two levels and int8 factors are decoded, once."""
         left, right = self.low_rank_left, self.low_rank_right

@@ -55,6 +55,8 @@ def one_query_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     shared, length = key.shape[1:3]
     grouped = query.reshape(batch, shared, heads // shared, width)
+    if torch.compiler.is_compiling():
+        grouped = _stored(grouped)
     if length > _LONG:
         mixed = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
         return mixed.reshape(batch, 1, heads, value.shape[-1]), None
@@ -66,6 +68,15 @@ def one_query_attention(
     weights = scores.softmax(-1)
     mixed = (weights.unsqueeze(-1) * value.unsqueeze(2).float()).sum(-2)
     return mixed.to(query.dtype).reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The same tensor, which a compiler must have in memory.
+
+    Else its loops would compute the rotation of the query, sines and all, once for each token of the cache.
+    """
+    stored = tensor.contiguous()
+    return stored.as_strided(stored.shape, stored.stride())
 
 
 AttentionInterface.register(ONE_QUERY, one_query_attention)

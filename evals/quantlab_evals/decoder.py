@@ -3,7 +3,10 @@
 ``model.generate`` is made for every way to decode, and spends milliseconds a token on that. Here a step is one call: a
 token in, the next one out, on a cache of fixed length, the head on the last position only. Compiled it is one graph:
 without the checks (guards) that torch.compile would make before each call, because nothing that they look at can change
-between two steps, and with a wrapper in C++, so that no operator is called from Python.
+between two steps, bound to the model's weights, so that Python does not collect hundreds of them for each token, and
+with a wrapper in C++, so that no operator is called from Python.
+
+A module whose class has a function ``compile_options(cpp_wrapper) -> dict`` has its say in how torch compiles the step.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -155,16 +160,29 @@ class GreedyDecoder:
         """Whether tensors alone change between two steps: sliding windows count their tokens in Python."""
         return all(type(layer) is StaticLayer for layer in self._cache.layers)
 
+    def _compile_options(self) -> dict[str, Any]:
+        """What torch's compiler is told."""
+        options: dict[str, Any] = {
+            "cpp_wrapper": self._cpp_wrapper,
+            # Apart, the wrapper of hundreds of calls is not optimized as a kernel is: a tenth of the time to build.
+            "cpp_wrapper_build_separate": self._cpp_wrapper,
+            "cpp.min_chunk_size": _WORTH_A_THREAD,
+            "size_asserts": False,
+        }
+        for kind in {type(module) for module in self.model.modules()}:
+            own = getattr(kind, "compile_options", None)
+            options |= {} if own is None else own(self._cpp_wrapper)
+        return options
+
     def _first(self, tokens: Tensor) -> Tensor:
         """The first step ever: it is compiled while it runs."""
         if not self._compiled:
             self._run = self._next
             return self._run(tokens)
-        # Built apart, the wrapper of hundreds of calls is not optimized as a kernel is: a tenth of the time to build.
-        options: dict[str, Any] = {"cpp_wrapper": self._cpp_wrapper, "cpp_wrapper_build_separate": self._cpp_wrapper}
-        if self._is_static():
-            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-        run = torch.compile(self._own_function(), fullgraph=True, options=options)
+        graph = _Graph(self._compile_options())
+        # All that guards look at are the same objects with the same sizes; a window's length is a number of Python's.
+        guards: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe} if self._is_static() else None
+        run = torch.compile(self._own_function(), fullgraph=True, backend=graph.compile, options=guards)
         started = time.perf_counter()
         try:
             with _one_query(self.model):
@@ -175,8 +193,44 @@ class GreedyDecoder:
                 f"the decode step of {type(self.model).__name__} cannot be compiled here: {said}"
             ) from error
         self.build_seconds = time.perf_counter() - started
-        self._run = run
+        self._run = (graph.bound(tokens) if guards else None) or run
         return found
+
+
+# Elements of a loop for each thread; shorter loops run on one, for waking another takes as long as thousands of them.
+_WORTH_A_THREAD = 1 << 14
+
+
+class _Graph:
+    """What torch's compiler makes of a step, and with what it was called: the token, the cache, the weights."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._run: Any = None
+        self._arguments: tuple[Any, ...] = ()
+        self._results = 0
+
+    def compile(self, module: GraphModule, examples: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """A backend for ``torch.compile``."""
+        self._run = compile_fx(module, examples, config_patches=self._options)
+
+        def first(*arguments: Any) -> Sequence[Tensor]:
+            found = self._run(*arguments)
+            self._arguments, self._results = arguments, len(found)
+            return found
+
+        return first
+
+    def bound(self, tokens: Tensor) -> Step | None:
+        """The step on the arguments of its first call, ``tokens`` aside; None where that is not all that it is.
+
+        A graph with more results than the next token has side effects that are left to Python.
+        """
+        places = [place for place, argument in enumerate(self._arguments) if argument is tokens]
+        if self._run is None or len(places) != 1 or self._results != 1:
+            return None
+        run, before, after = self._run, self._arguments[: places[0]], self._arguments[places[0] + 1 :]
+        return lambda tokens: run(*before, tokens, *after)[0]
 
 
 @contextlib.contextmanager

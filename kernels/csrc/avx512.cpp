@@ -105,8 +105,21 @@ void multiply_tile(const Tile<BITS> &tile) {
     }
 }
 
+// Rare, and a function of its own: the sums of a whole tile would get fewer registers.
+template <int BITS, int M>
+__attribute__((noinline)) void multiply_one(const Tile<BITS> &tile) {
+    multiply_tile<BITS, M, 1>(tile);
+}
+
+// Fetches what a tile's sum leaves out, where rows end inside of a block. A function of its own: it would cost the sum registers.
+__attribute__((noinline)) void fetch(const uint8_t *codes, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += 64)
+        _mm_prefetch(reinterpret_cast<const char *>(codes) + kAhead + at, _MM_HINT_T1);
+}
+
 template <int BITS, int M, int R>
 void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int64_t end) {
+    using C = Codes<BITS>;
     const ql_weight &weight = *job.weight;
     const ScalingOf<Codes<BITS>> scaling(weight);
     const int64_t stride = weight.groups + 32;
@@ -125,8 +138,9 @@ void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int6
                                  stride,
                                  job.y + output,
                                  weight.outputs};
+        if (job.row_bytes % C::kBytes) fetch(tile.rows, job.row_bytes / C::kBytes * C::kBytes * R, job.row_bytes * R);
         if (outputs == R) multiply_tile<BITS, M, R>(tile);
-        else multiply_tile<BITS, M, 1>(tile);
+        else multiply_one<BITS, M>(tile);
         for (int r = 0; weight.zeros && r < outputs; r++) {
             load_row(weight.zeros, weight.zero_type, scale_row(weight, output + r), weight.groups, zeros.data);
             for (int64_t m = 0; m < M; m++)
@@ -145,9 +159,6 @@ struct Values {
     uint16_t data[256] = {};
 };
 
-// Rows that are pages long share their places in the first-level cache: one at a time, as a stream that the processor follows.
-constexpr int64_t kPage = 4096;
-
 template <int BITS>
 void multiply(const Job &job, int64_t begin, int64_t end) {
     const Values values(*job.weight);
@@ -160,10 +171,7 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
         part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
-            case 1:
-                if (job.row_bytes % kPage == 0) multiply_rows<BITS, 1, 1>(part, codes, begin, end);
-                else multiply_rows<BITS, 1, 4>(part, codes, begin, end);
-                break;
+            case 1: multiply_rows<BITS, 1, 4>(part, codes, begin, end); break;
             case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
             case 4: multiply_rows<BITS, 4, 2>(part, codes, begin, end); break;
             default: multiply_rows<BITS, 8, 2>(part, codes, begin, end);

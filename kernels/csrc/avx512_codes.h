@@ -27,6 +27,35 @@ QL_INLINE void unrolled(const Function &function) {
 #endif
 }
 
+// COUNT registers of elements of one or two bytes, dealt to as many: element i goes to register i % COUNT.
+template <typename T, int COUNT>
+QL_INLINE void deal(const T *from, T *to) {
+    constexpr int kLanes = 64 / sizeof(T);
+    if constexpr (COUNT == 1) {
+        _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    } else {
+        T even[kLanes], odd[kLanes];
+        for (int i = 0; i < kLanes; i++) even[i] = T(2 * i), odd[i] = T(2 * i + 1);
+        const __m512i evens = _mm512_loadu_si512(even), odds = _mm512_loadu_si512(odd);
+        const auto select = [](__m512i low, __m512i which, __m512i high) QL_INLINED {
+            if constexpr (sizeof(T) == 1) return _mm512_permutex2var_epi8(low, which, high);
+            else return _mm512_permutex2var_epi16(low, which, high);
+        };
+        alignas(64) T first[kLanes * COUNT / 2], second[kLanes * COUNT / 2], dealt[kLanes * COUNT / 2];
+        for (int i = 0; i < COUNT / 2; i++) {
+            const __m512i low = _mm512_loadu_si512(from + 2 * i * kLanes);
+            const __m512i high = _mm512_loadu_si512(from + (2 * i + 1) * kLanes);
+            _mm512_storeu_si512(first + i * kLanes, select(low, evens, high));
+            _mm512_storeu_si512(second + i * kLanes, select(low, odds, high));
+        }
+        for (int half = 0; half < 2; half++) {
+            deal<T, COUNT / 2>(half ? second : first, dealt);
+            for (int i = 0; i < COUNT / 2; i++)
+                _mm512_storeu_si512(to + (2 * i + half) * kLanes, _mm512_loadu_si512(dealt + i * kLanes));
+        }
+    }
+}
+
 // How codes of BITS are taken apart: kBlock codes a load, in kSteps vectors of 32 weights. A 16-bit lane holds kSteps
 // neighbouring codes of the block, one for each step, and `permute` brings a block of activations into the same order; so
 // float32 lane m of a product belongs to the kGrain codes from `first(m)` on.
@@ -37,10 +66,7 @@ template <int BITS, int STEPS>
 struct Order {
     static constexpr int kSteps = STEPS, kBlock = 32 * kSteps, kGrain = 2 * kSteps, kBytes = kBlock * BITS / 8;
     static int first(int lane) { return lane * kGrain; }
-    static void permute(const uint16_t *x, uint16_t *out) {
-        for (int step = 0; step < kSteps; step++)
-            for (int lane = 0; lane < 32; lane++) out[32 * step + lane] = x[lane * kSteps + step];
-    }
+    static void permute(const uint16_t *x, uint16_t *out) { deal<uint16_t, kSteps>(x, out); }
     static __m512i load(const uint8_t *codes) {
         if constexpr (kBytes == 64) return _mm512_loadu_si512(codes);
         return _mm512_maskz_loadu_epi8(~0ull >> (64 - kBytes), codes);

@@ -80,28 +80,6 @@ QL_INLINE float round_block(const float *x, int64_t count, int8_t *out, int32_t 
     return most < kLeast ? 0.0f : most * (1.0f / 127.0f);
 }
 
-// 64 * COUNT bytes, dealt to COUNT registers: byte i goes to register i % COUNT.
-template <int COUNT>
-QL_INLINE void deal(const int8_t *from, int8_t *to) {
-    if constexpr (COUNT == 1) {
-        memcpy(to, from, 64);
-    } else {
-        uint8_t even[64], odd[64];
-        for (int i = 0; i < 64; i++) even[i] = uint8_t(2 * i), odd[i] = uint8_t(2 * i + 1);
-        const __m512i evens = _mm512_loadu_si512(even), odds = _mm512_loadu_si512(odd);
-        alignas(64) int8_t first[64 * COUNT / 2], second[64 * COUNT / 2], dealt[64 * COUNT / 2];
-        for (int i = 0; i < COUNT / 2; i++) {
-            const __m512i low = _mm512_loadu_si512(from + 128 * i), high = _mm512_loadu_si512(from + 128 * i + 64);
-            _mm512_storeu_si512(first + 64 * i, _mm512_permutex2var_epi8(low, evens, high));
-            _mm512_storeu_si512(second + 64 * i, _mm512_permutex2var_epi8(low, odds, high));
-        }
-        for (int half = 0; half < 2; half++) {
-            deal<COUNT / 2>(half ? second : first, dealt);
-            for (int i = 0; i < COUNT / 2; i++) memcpy(to + 64 * (2 * i + half), dealt + 64 * i, 64);
-        }
-    }
-}
-
 template <int BITS>
 void quantize(const ql_weight &weight, const float *x, int8_t *out, float *scales, float *sums) {
     using B = Bytes<BITS>;
@@ -125,7 +103,7 @@ void quantize(const ql_weight &weight, const float *x, int8_t *out, float *scale
         if (stop == end) g++, end += group;
     }
     for (int64_t begin = 0; begin < width; begin += B::kBlock) {
-        deal<B::kSteps>(rounded.data + begin, out + begin);
+        deal<int8_t, B::kSteps>(rounded.data + begin, out + begin);
         for (int lane = 0; lane < 16; lane++)
             scales[begin / B::kBlock * 16 + lane] = shared[(begin + B::first(lane)) / kSharing];
     }

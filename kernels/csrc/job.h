@@ -66,9 +66,8 @@ inline float from_bfloat16(uint16_t half) { return bits_to_float(uint32_t(half) 
 
 // Round to nearest even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
-    uint32_t bits = float_to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    const uint32_t bits = float_to_bits(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
 inline float from_float16(uint16_t half) {
@@ -116,6 +115,14 @@ inline void store_float(void *data, int type, int64_t i, float value) {
     }
 }
 
+// `count` numbers, rounded to elements of `type` from `first` on.
+inline void store_floats(void *data, int type, int64_t first, const float *values, int64_t count) {
+    if (type == QL_BFLOAT16)  // by far the most, and a loop without a branch
+        for (int64_t i = 0; i < count; i++) static_cast<uint16_t *>(data)[first + i] = to_bfloat16(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) store_float(data, type, first + i, values[i]);
+}
+
 // `count` elements from `first` on, as float32.
 inline void load_floats(const void *data, int type, int64_t first, int64_t count, float *out) {
     switch (type) {
@@ -131,14 +138,15 @@ inline void load_floats(const void *data, int type, int64_t first, int64_t count
     }
 }
 
-// Memory of one call: zeroed, so that what lies behind the end of a row may be read, and on cache lines.
+// Memory of one call, on cache lines: zeroed, so that what lies behind the end of a row may be read, unless all that is read
+// was written before.
 template <typename T>
 struct Buffer {
-    explicit Buffer(int64_t count) : count(count) {
+    explicit Buffer(int64_t count, bool zeroed = true) : count(count) {
         const size_t bytes = (size_t(count) * sizeof(T) / 64 + 1) * 64;
         block = malloc(bytes + 63);
         data = reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(block) + 63) / 64 * 64);
-        if (block) memset(data, 0, bytes);
+        if (block && zeroed) memset(data, 0, bytes);
     }
     ~Buffer() { free(block); }
     Buffer(const Buffer &) = delete;

@@ -1,5 +1,7 @@
 // The C interface: what is the same for all instruction sets. Activations are prepared once, outputs are divided among
 // threads, and each output is summed by one of them in a fixed order, so that results do not depend on their number.
+#include <optional>
+
 #include "job.h"
 
 // The threads are those that torch has: a second team would spin against the first. Where there is no OpenMP in the
@@ -78,10 +80,11 @@ bool exact_in_bfloat16(const ql_weight &weight) {
 // A weight whose table can be read up to the highest code.
 struct Padded : ql_weight {
     explicit Padded(const ql_weight &weight) : ql_weight(weight) {
-        memcpy(values, weight.table, size_t(weight.table_size) * sizeof(float));
+        for (int i = 0; i < 1 << bits; i++) values[i] = i < table_size ? weight.table[i] : 0.0f;
         table = values;
     }
-    float values[256] = {};
+    Padded(const Padded &) = delete;
+    float values[256];
 };
 
 // Activations as a kernel wants them. With bfloat16 kernels a row becomes as many rows as it takes to hold it.
@@ -89,6 +92,7 @@ struct Activations {
     Activations(const Kernel &kernel, const ql_weight &weight, const void *x, int64_t rows, int type)
         : kernel(kernel),
           weight(weight),
+          rows(rows),
           stride(kernel.padded(weight)),
           scale_stride(kernel.input == Input::kBytes ? stride / 4 : 0),  // no block is shorter than 64
           pieces(kernel.input == Input::kHalves ? pieces_of(type) : 1),
@@ -151,9 +155,23 @@ struct Activations {
         }
     }
 
+    // These activations times a weight that is like the one they were prepared for.
+    Job job(const ql_weight &with, float *out) const {
+        return {&with,
+                rows * pieces,
+                with.columns / with.groups,
+                (with.columns * with.bits + 7) / 8,
+                data(),
+                stride,
+                scales.data,
+                scale_stride,
+                sums.data,
+                out};
+    }
+
     const Kernel &kernel;
     const ql_weight &weight;
-    int64_t stride, scale_stride;
+    int64_t rows, stride, scale_stride;
     int pieces;
     Buffer<int8_t> bytes;
     Buffer<float> scales;
@@ -172,6 +190,74 @@ void project(const Kernel &kernel, const ql_weight &weight, const void *x, int64
                 out[m * weight.rank + r] = kernel.dot(weight.right, weight.right_type, r * weight.columns,
                                                       floats.data + m * weight.columns, weight.columns);
     });
+}
+
+// Where a product goes: columns from `first` on of [rows, width].
+struct Output {
+    void *y;
+    int type;
+    int64_t first, width;
+};
+
+// One weight of a call.
+struct Product {
+    Product(const ql_weight &of, int64_t rows, int64_t pieces)
+        : weight(of), sums(rows * pieces * of.outputs, false), projected(rows * of.rank, false) {}
+
+    // The outputs begin..end of all rows: what was summed, with all that is added to it. A row's first piece becomes the whole.
+    void store(const Kernel &kernel, int64_t rows, int64_t pieces, const Output &to, int64_t begin, int64_t end) {
+        for (int64_t m = 0; m < rows; m++) {
+            float *whole = sums.data + m * pieces * weight.outputs;
+            for (int64_t n = begin; n < end && (weight.bias || weight.rank || pieces > 1); n++) {
+                float value = weight.bias ? load_as_float(weight.bias, weight.bias_type, n) : 0.0f;
+                for (int64_t p = pieces - 1; p >= 0; p--) value += whole[p * weight.outputs + n];
+                if (weight.rank)
+                    value += kernel.dot(weight.left, weight.left_type, n * weight.rank,
+                                        projected.data + m * weight.rank, weight.rank);
+                whole[n] = value;
+            }
+            store_floats(to.y, to.type, m * to.width + to.first + begin, whole + begin, end - begin);
+        }
+    }
+
+    Padded weight;
+    Buffer<float> sums, projected;
+};
+
+constexpr int kTogether = 8;  // weights
+
+// Whether activations are prepared for one weight as for the other.
+bool alike(const ql_weight &one, const ql_weight &other) {
+    return one.bits == other.bits && one.columns == other.columns && one.groups == other.groups &&
+           !one.zeros == !other.zeros;
+}
+
+// Weights that are alike. Their outputs are one range, in which each begins with a unit of its own.
+bool multiply(const Kernel &kernel, const ql_weight *weights, int count, const void *x, int64_t rows, const Output &output,
+              int threads) {
+    const Activations activations(kernel, weights[0], x, rows, output.type);
+    if (!activations.complete()) return false;
+    std::optional<Product> products[kTogether];
+    int64_t starts[kTogether], outputs = 0, wide = 0;
+    for (int i = 0; i < count; i++) {
+        Product &product = products[i].emplace(weights[i], rows, activations.pieces);
+        if (!product.sums.block || !product.projected.block) return false;
+        if (product.weight.rank) project(kernel, product.weight, x, rows, output.type, threads, product.projected.data);
+        starts[i] = wide;
+        outputs += weights[i].outputs;
+        wide += (weights[i].outputs + kUnit - 1) / kUnit * kUnit;
+    }
+    divide(wide, threads, rows * outputs * weights[0].columns, [&](int64_t begin, int64_t end) {
+        Output to = output;
+        for (int i = 0; i < count; to.first += weights[i++].outputs) {
+            const int64_t from = begin > starts[i] ? begin - starts[i] : 0;
+            const int64_t until = end - starts[i] < weights[i].outputs ? end - starts[i] : weights[i].outputs;
+            if (from >= until) continue;
+            kernel.multiply(activations.job(products[i]->weight, products[i]->sums.data), from, until);
+            products[i]->store(kernel, rows, activations.pieces, to, from, until);
+        }
+    });
+    return true;
 }
 
 int best_isa() {
@@ -214,36 +300,16 @@ int64_t ql_padded(const ql_weight *weight, int isa) {
     return kernel.input == Input::kHalves ? kernel.padded(*weight) : weight->columns;
 }
 
-int ql_linear(const ql_weight *of, const void *x, void *y, int64_t rows, int type, int isa, int threads) {
-    const Kernel &kernel = *kernel_of(isa);
-    const Padded weight(*of);
-    const Activations activations(kernel, weight, x, rows, type);
-    const int64_t pieces = activations.pieces, group = weight.columns / weight.groups;
-    Buffer<float> sums(rows * pieces * weight.outputs), projected(rows * weight.rank);
-    if (!activations.complete() || !sums.block || !projected.block) return 1;
-    if (weight.rank) project(kernel, weight, x, rows, type, threads, projected.data);
-    const Job job = {&weight,
-                     rows * pieces,
-                     group,
-                     (weight.columns * weight.bits + 7) / 8,
-                     activations.data(),
-                     activations.stride,
-                     activations.scales.data,
-                     activations.scale_stride,
-                     activations.sums.data,
-                     sums.data};
-    divide(weight.outputs, threads, rows * weight.outputs * weight.columns, [&](int64_t begin, int64_t end) {
-        kernel.multiply(job, begin, end);
-        for (int64_t m = 0; m < rows; m++)
-            for (int64_t n = begin; n < end; n++) {
-                float value = weight.bias ? load_as_float(weight.bias, weight.bias_type, n) : 0.0f;
-                for (int64_t p = pieces - 1; p >= 0; p--) value += sums[(m * pieces + p) * weight.outputs + n];
-                if (weight.rank)
-                    value += kernel.dot(weight.left, weight.left_type, n * weight.rank,
-                                        projected.data + m * weight.rank, weight.rank);
-                store_float(y, type, m * weight.outputs + n, value);
-            }
-    });
+int ql_linear(const ql_weight *weights, int count, const void *x, void *y, int64_t rows, int type, int at_most, int threads) {
+    Output output = {y, type, 0, 0};
+    for (int i = 0; i < count; i++) output.width += weights[i].outputs;
+    for (int begin = 0, end; begin < count; begin = end) {
+        const int isa = ql_choose(weights + begin, type, at_most);
+        for (end = begin + 1; end < count && end < begin + kTogether; end++)
+            if (!alike(weights[begin], weights[end]) || ql_choose(weights + end, type, at_most) != isa) break;
+        if (!multiply(*kernel_of(isa), weights + begin, end - begin, x, rows, output, threads)) return 1;
+        for (int i = begin; i < end; i++) output.first += weights[i].outputs;
+    }
     return 0;
 }
 

@@ -36,9 +36,12 @@ int ql_best_isa(void);
 // The best one, `at_most` that, for this weight and activations of this type. QL_SCALAR takes everything.
 int ql_choose(const ql_weight *weight, int activation_type, int at_most);
 
-// x [rows, columns], y [rows, outputs], both of `activation_type`; `isa` as `ql_choose` says. The result does not depend on
-// `threads`. Returns 0, or 1 where memory ran out.
-int ql_linear(const ql_weight *weight, const void *x, void *y, int64_t rows, int activation_type, int isa, int threads);
+// x [rows, columns] times `count` weights, whose outputs stand side by side in y [rows, sum of outputs]; x and y are of
+// `activation_type`. Each weight is run by what `ql_choose` says for it. Weights that are next to each other and stored alike
+// share the preparation of x and are divided among the threads as one, so one call is faster than several; the result is the
+// same, and does not depend on `threads`. Returns 0, or 1 where memory ran out.
+int ql_linear(const ql_weight *weights, int count, const void *x, void *y, int64_t rows, int activation_type, int at_most,
+              int threads);
 
 // Not for QL_AVX512_INT8: weights of the outputs begin..end, and activations, in an order that they share: [end - begin, ql_padded] and [rows,
 // ql_padded]. With AVX-512 everything is bfloat16 and columns are padded; else weights are of `type`, in their own order.

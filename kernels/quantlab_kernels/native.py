@@ -36,6 +36,12 @@ _TYPES = {
 }
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = (*ACTIVATIONS, torch.float8_e8m0fnu)
+LINEARS_IN_C = (
+    "AOTITorchError aoti_torch_cpu_linears(AtenTensorHandle x, const AtenTensorHandle *codes, int64_t codes_count, "
+    "const AtenTensorHandle *scales, int64_t scales_count, const AtenTensorHandle *zeros, int64_t zeros_count, "
+    "const AtenTensorHandle *tables, int64_t tables_count, int64_t bits, const AtenTensorHandle *biases, "
+    "int64_t biases_count, AtenTensorHandle *result)"
+)
 _HERE = Path(__file__).parent
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +73,7 @@ def library() -> ctypes.CDLL | None:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     weight, pointer, long = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64
     found.ql_choose.argtypes = [weight, ctypes.c_int, ctypes.c_int]
-    found.ql_linear.argtypes = [weight, pointer, pointer, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    found.ql_linear.argtypes = [weight, ctypes.c_int, pointer, pointer, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     found.ql_padded.argtypes = [weight, ctypes.c_int]
     found.ql_padded.restype = long
     found.ql_decode.argtypes = [weight, pointer, long, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
@@ -144,9 +150,8 @@ class Weight:
         """``[rows, columns]`` to ``[rows, outputs]``, with the bias and the low-rank term."""
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.outputs, dtype=x.dtype)
-        isa, threads = self._choose(x.dtype), torch.get_num_threads()
-        arguments = (x.data_ptr(), y.data_ptr(), x.shape[0], _TYPES[x.dtype], isa, threads)
-        if self._library.ql_linear(ctypes.byref(self._c), *arguments):
+        operands = (x.data_ptr(), y.data_ptr(), x.shape[0], _TYPES[x.dtype])
+        if self._library.ql_linear(ctypes.byref(self._c), 1, *operands, self._at_most, torch.get_num_threads()):
             raise MemoryError(f"no memory for a product of {list(x.shape)} with {self.outputs} outputs")
         return y
 
@@ -222,7 +227,8 @@ def _operator() -> ctypes.CDLL | None:
     if source is None or compiler is None or os.environ.get("QUANTLAB_NO_BUILD") or sys.platform != "linux":
         return None
     try:
-        return ctypes.CDLL(str(_built(source, compiler)))
+        # Global, because compiled graphs call LINEARS_IN_C by its name.
+        return ctypes.CDLL(str(_built(source, compiler)), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning("quantlab::linear is called through Python: %s", str(error).splitlines()[0])
         return None

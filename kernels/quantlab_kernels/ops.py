@@ -1,9 +1,10 @@
 """``torch.ops.quantlab.linear``: one op that torch.compile and torch.export see, whatever runs it; and
 ``torch.ops.quantlab.linear_dynamic``, the same for activations that are rounded to 8 bits first.
 
-``linear`` is what models call. On the CPU its implementation is in C++ where that could be built
-(``csrc/torch_op.cpp``), which runs products of few rows itself and hands the others to ``linear_any``; else both are
-:mod:`quantlab_kernels.dispatch`.
+``linear`` is what models call; ``linears`` is several of them that share their input, which
+:mod:`quantlab_kernels.compiled` finds in a graph: their outputs side by side. On the CPU the implementation is in C++
+where that could be built (``csrc/torch_op.cpp``), which runs products of few rows itself and hands the others to
+``linear_any`` and ``linears_any``; else all of them are :mod:`quantlab_kernels.dispatch`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ _ARGUMENTS = (
     "Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor table, int bits, int offset, Tensor? bias, "
     "Tensor? left, Tensor? right"
 )
+_SEVERAL = "Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor[] tables, int bits, Tensor[] biases"
 _LIBRARY = torch.library.Library("quantlab", "DEF")
-_LIBRARY.define(f"linear({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(f"linear_any({_ARGUMENTS}) -> Tensor")
+for _name in ("linear", "linear_any"):
+    _LIBRARY.define(f"{_name}({_ARGUMENTS}) -> Tensor")
+for _name in ("linears", "linears_any"):
+    _LIBRARY.define(f"{_name}({_SEVERAL}) -> Tensor")
 _LIBRARY.define(f"linear_dynamic({_ARGUMENTS}, str activations) -> Tensor")
 
 
@@ -62,13 +66,34 @@ def _linear_dynamic(
     return dispatch.linear_dynamic(x, codes, scales, zeros, table, bits, bias, low_rank, offset, activations)
 
 
+def _linears(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    zeros: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    bits: int,
+    biases: list[torch.Tensor],
+) -> torch.Tensor:
+    absent = [None] * len(codes)
+    weights = zip(codes, scales, zeros or absent, tables, biases or absent, strict=True)
+    return torch.cat([dispatch.linear(x, c, s, z, t, bits, b) for c, s, z, t, b in weights], -1)
+
+
+def _fake_linears(x: torch.Tensor, codes: list[torch.Tensor], *_: object) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(code.shape[0] for code in codes))
+
+
 for _name in ("linear", "linear_any"):  # for all devices
     _LIBRARY.impl(_name, _linear, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quantlab::{_name}", _fake, lib=_LIBRARY)
+for _name in ("linears", "linears_any"):
+    _LIBRARY.impl(_name, _linears, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quantlab::{_name}", _fake_linears, lib=_LIBRARY)
 _LIBRARY.impl("linear_dynamic", _linear_dynamic, "CompositeExplicitAutograd")
+torch.library.register_fake("quantlab::linear_dynamic", _fake, lib=_LIBRARY)
 if native.register():  # and in C++ for the CPU
     dispatch.configure()
-for _name in ("linear", "linear_any", "linear_dynamic"):
-    torch.library.register_fake(f"quantlab::{_name}", _fake, lib=_LIBRARY)
 
 
 def quantized_linear(

@@ -68,7 +68,7 @@ int main() {
                         for (int at_most = QL_SCALAR; at_most <= QL_AVX512_INT8; at_most++) {
                             const int isa = ql_choose(&weight, type, at_most);
                             if (isa != at_most) continue;
-                            if (ql_linear(&weight, x, y.get(), rows, type, isa, 2)) return 1;
+                            if (ql_linear(&weight, 1, x, y.get(), rows, type, isa, 2)) return 1;
                             products++;
                             if (isa == QL_AVX512_INT8) continue;
                             const int decoded = isa == QL_AVX512 ? QL_BFLOAT16 : type;

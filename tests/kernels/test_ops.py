@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from products import activations, random_layer
 from quantlab_kernels import force, native, quantized_linear, reference
+from quantlab_kernels.compiled import GraphPass, compile_options
 
 CSRC = Path(native.__file__).parents[1] / "csrc"
 
@@ -59,6 +62,94 @@ def test_compiles_with_inductor():
     model, x = Model(), activations(3, 256)
     with torch.inference_mode():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+def several(layers):
+    """Their arguments as ``quantlab::linears`` takes them."""
+    codes, scales, zeros, tables, bits, biases, _ = zip(*(layer.arguments for layer in layers), strict=True)
+    present = [
+        [tensor for tensor in tensors if tensor is not None] for tensors in (codes, scales, zeros, tables, biases)
+    ]
+    return (*present[:4], bits[0], present[4])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(1, 8),
+    rows=st.integers(1, 35),
+    outputs=st.lists(st.integers(1, 70), min_size=1, max_size=10),
+    groups=st.lists(st.sampled_from([1, 2, 4]), min_size=10, max_size=10),
+    integers=st.booleans(),
+    zeros=st.sampled_from([None, torch.int8]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    kernel=st.sampled_from([*(f"cpu-{isa}" for isa in (*native.ISAS, native.INT8)), "reference"]),
+)
+def test_several_products_at_once_are_each_of_them(bits, rows, outputs, groups, integers, zeros, bias, dtype, kernel):
+    """Bit for bit, whether they are stored alike or not."""
+    shapes = zip(outputs, groups, strict=False)
+    options = {"integers": integers, "zeros": zeros, "bias": bias}
+    layers = [random_layer(bits, n, 256, g, seed=i, **options) for i, (n, g) in enumerate(shapes)]
+    x = activations(rows, 256, dtype).view(rows, 1, 256)
+    with force(kernel):
+        y = torch.ops.quantlab.linears(x, *several(layers))
+        assert torch.equal(y, torch.cat([quantized_linear(x, *layer.arguments) for layer in layers], -1))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_keep_the_rules_of_an_op(rows, bias):
+    arguments = (activations(rows, 256), *several([random_layer(rows=n, bias=bias) for n in (8, 24)]))
+    for op in (torch.ops.quantlab.linears.default, torch.ops.quantlab.linears_any.default):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_several_give_the_same_bits_with_any_number_of_threads(rows):
+    arguments = several([random_layer(rows=n, columns=512, groups=8) for n in (300, 7, 130)])
+    x, before, results = activations(rows, 512), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.quantlab.linears(x, *arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+class Shared(torch.nn.Module):
+    """Products of one input: three that are stored alike, one of other groups, one with a low-rank term."""
+
+    def __init__(self):
+        super().__init__()
+        alike = [random_layer(rows=n, seed=n, bias=True) for n in (8, 24, 16)]
+        self.layers = [*alike, random_layer(rows=8, groups=2, bias=True), random_layer(rows=8, rank=2, bias=True)]
+
+    def forward(self, x):
+        x = x * x.sum(-1, keepdim=True).cos()
+        return [quantized_linear(x, *layer.arguments).relu() for layer in self.layers]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_products_of_one_input_are_one_call_of_a_compiled_graph(cpp_wrapper):
+    graphs = []
+
+    class Watched(GraphPass):
+        def __call__(self, graph):
+            super().__call__(graph)
+            graphs.append([node.target for node in graph.nodes])
+
+    model, x = Shared(), activations(3, 256, torch.float32)
+    options = {**compile_options(cpp_wrapper), "post_grad_custom_pre_pass": Watched(), "fx_graph_cache": False}
+    options |= {"cpp_wrapper": cpp_wrapper, "cpp_wrapper_build_separate": cpp_wrapper}
+    with torch.inference_mode():
+        found, expected = torch.compile(model, fullgraph=True, options=options)(x), model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    (targets,) = graphs
+    assert targets.count(torch.ops.quantlab.linears.default) == 2
+    assert targets.count(torch.ops.quantlab.linear.default) == 1
+    assert targets.count(torch.ops.aten.as_strided.default) == 1
 
 
 def python(code: str, **environment: str) -> str:

@@ -73,11 +73,11 @@ def coefficients(
     finally:
         for handle in handles:
             handle.remove()
-    known: dict[tuple[int, ...], torch.Tensor] = {}
+    known: dict[tuple[tuple[int, torch.Size], ...], torch.Tensor] = {}
     found = {}
     for name in layers:
         felt = torch.cat(squares[name]) if squares[name] else torch.zeros(0)
-        key = tuple(map(id, inputs[name]))
+        key = tuple((x.data_ptr(), x.shape) for x in inputs[name])
         if key not in known:
             known[key] = _leverage(inputs[name])
         # Of rows that were routed elsewhere nothing is felt: the mean is over all tokens, like the errors' energies.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlab.allocation import error
+from quantlab.allocation import curvature, error
 from quantlab.allocation.budget import parse_budget
 from quantlab.allocation.curvature import backward, coefficients, injected
 from quantlab.allocation.delta_loss import rounded, weighted_gradients
@@ -87,6 +87,14 @@ def test_coefficients_are_what_noise_measures(model, tokens):
             measured.append(float((reference.exp() * (reference - logits)).sum(-1)[:, :-1].mean()))
         squares = 0.01**2 * layer.weight.shape[0]
         assert found[name] == pytest.approx(np.mean(measured) / squares, rel=0.2), name
+
+
+def test_layers_that_share_an_input_share_its_leverage(model, tokens, monkeypatch):
+    calls = []
+    leverage = curvature._leverage
+    monkeypatch.setattr(curvature, "_leverage", lambda inputs: calls.append(inputs) or leverage(inputs))
+    coefficients(model, list(describe(model).layers["model.layers.1"]), tokens)
+    assert len(calls) == 4  # q/k/v, o, gate/up, down
 
 
 def test_injected_noise_gives_the_same_coefficients(model, tokens):

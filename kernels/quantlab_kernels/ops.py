@@ -40,30 +40,16 @@ def _linear(
     bias: torch.Tensor | None,
     left: torch.Tensor | None,
     right: torch.Tensor | None,
+    activations: str | None = None,
 ) -> torch.Tensor:
     low_rank = None if left is None or right is None else (left, right)
-    return dispatch.linear(x, codes, scales, zeros, table, bits, bias, low_rank, offset)
+    if activations is None:
+        return dispatch.linear(x, codes, scales, zeros, table, bits, bias, low_rank, offset)
+    return dispatch.linear_dynamic(x, codes, scales, zeros, table, bits, bias, low_rank, offset, activations)
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, *_: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-
-def _linear_dynamic(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    table: torch.Tensor,
-    bits: int,
-    offset: int,
-    bias: torch.Tensor | None,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
-    activations: str,
-) -> torch.Tensor:
-    low_rank = None if left is None or right is None else (left, right)
-    return dispatch.linear_dynamic(x, codes, scales, zeros, table, bits, bias, low_rank, offset, activations)
 
 
 def _linears(
@@ -84,14 +70,12 @@ def _fake_linears(x: torch.Tensor, codes: list[torch.Tensor], *_: object) -> tor
     return x.new_empty(*x.shape[:-1], sum(code.shape[0] for code in codes))
 
 
-for _name in ("linear", "linear_any"):  # for all devices
+for _name in ("linear", "linear_any", "linear_dynamic"):  # for all devices
     _LIBRARY.impl(_name, _linear, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantlab::{_name}", _fake, lib=_LIBRARY)
 for _name in ("linears", "linears_any"):
     _LIBRARY.impl(_name, _linears, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantlab::{_name}", _fake_linears, lib=_LIBRARY)
-_LIBRARY.impl("linear_dynamic", _linear_dynamic, "CompositeExplicitAutograd")
-torch.library.register_fake("quantlab::linear_dynamic", _fake, lib=_LIBRARY)
 if native.register():  # and in C++ for the CPU
     dispatch.configure()
 

@@ -6,6 +6,7 @@
 // index are whatever they are: the table is repeated, so that they do not matter.
 #include "target.h"
 
+#include "avx512_panels.h"
 #include "avx512_scales.h"
 
 #if QL_X86
@@ -151,14 +152,6 @@ void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int6
     }
 }
 
-// The table in bfloat16, as long as codes can ask for.
-struct Values {
-    explicit Values(const ql_weight &weight) {
-        for (int i = 0; i < weight.table_size; i++) data[i] = to_bfloat16(weight.table[i]);
-    }
-    uint16_t data[256] = {};
-};
-
 template <int BITS>
 void multiply(const Job &job, int64_t begin, int64_t end) {
     const Values values(*job.weight);
@@ -169,61 +162,13 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.x = static_cast<const uint16_t *>(job.x) + done * job.x_stride;
         part.y = job.y + done * job.weight->outputs;
         part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
-        part.rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        part.rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
             case 1: multiply_rows<BITS, 1, 4>(part, codes, begin, end); break;
             case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
-            case 4: multiply_rows<BITS, 4, 2>(part, codes, begin, end); break;
-            default: multiply_rows<BITS, 8, 2>(part, codes, begin, end);
+            default: multiply_rows<BITS, 4, 2>(part, codes, begin, end);
         }
         done += part.rows;
-    }
-}
-
-// ----------------------------------------------------------------------------------------------------------- decoding
-
-// A lane's two weights share its scale: the even ones are the lower halves of 32 bits, the odd ones the upper halves.
-template <int BITS>
-QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, __m512i together,
-                           uint16_t *out) {
-    unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
-        const __m512i words = codes.weights(block, step);
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
-        const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(odd, scale, shift), _mm512_fmadd_ps(even, scale, shift));
-        _mm512_storeu_si512(out + 32 * step, _mm512_permutexvar_epi16(together, (__m512i)apart));
-    });
-}
-
-// What brings 16 even and 16 odd weights into their places.
-QL_INLINE __m512i even_odd() {
-    uint16_t from[32];
-    for (int i = 0; i < 32; i++) from[i] = uint16_t(i / 2 + i % 2 * 16);
-    return _mm512_loadu_si512(from);
-}
-
-template <int BITS>
-void decode(const ql_weight &weight, uint16_t *out, int64_t begin, int64_t end) {
-    using C = Codes<BITS>;
-    const Values values(weight);
-    const Codes<BITS> codes(values.data);
-    const ScalingOf<Codes<BITS>> scaling(weight);
-    const __m512i together = even_odd();
-    Buffer<float> scales(weight.groups + 32), zeros(weight.groups + 32);
-    const int64_t row_bytes = (weight.columns * BITS + 7) / 8, blocks = padded<C>(weight) / C::kBlock;
-    for (int64_t output = begin; output < end; output++, out += blocks * C::kBlock) {
-        load_row(weight.scales, weight.scale_type, scale_row(weight, output), weight.groups, scales.data);
-        if (weight.zeros) load_row(weight.zeros, weight.zero_type, scale_row(weight, output), weight.groups, zeros.data);
-        const uint8_t *row = weight.codes + output * row_bytes;
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t left = row_bytes - block * C::kBytes;
-            const __m512i loaded = left >= C::kBytes ? C::load(row + block * C::kBytes)
-                                                     : C::load(row + block * C::kBytes, left);
-            const __m512 scale = lane_scales(scaling, scales.data, block);
-            const __m512 shift =
-                weight.zeros ? _mm512_fnmadd_ps(scale, lane_scales(scaling, zeros.data, block), zero()) : zero();
-            store_steps<BITS>(codes, codes.prepare(loaded), scale, shift, together, out + block * C::kBlock);
-        }
     }
 }
 
@@ -261,14 +206,12 @@ const Kernel *avx512_kernel() {
         /* quantize */ nullptr,
         /* multiply */
         [](const Job &job, int64_t begin, int64_t end) {
-            with_bits(job.weight->bits, [&](auto bits) { multiply<decltype(bits)::value>(job, begin, end); });
-        },
-        /* decode */
-        [](const ql_weight &weight, void *out, int, int64_t begin, int64_t end) {
-            with_bits(weight.bits, [&](auto bits) {
-                decode<decltype(bits)::value>(weight, static_cast<uint16_t *>(out), begin, end);
+            with_bits(job.weight->bits, [&](auto bits) {
+                if (job.panels) multiply_panels<decltype(bits)::value>(job, begin, end);
+                else multiply<decltype(bits)::value>(job, begin, end);
             });
         },
+        /* decode */ nullptr,
         /* dot */ dot,
     };
     return &kernel;

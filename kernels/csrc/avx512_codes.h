@@ -150,6 +150,14 @@ struct Codes<BITS, false> : Order<BITS, BITS == 3 ? 4 : 2> {
     }
 };
 
+// The table in bfloat16, as long as codes can ask for.
+struct Values {
+    explicit Values(const ql_weight &weight) {
+        for (int i = 0; i < weight.table_size; i++) data[i] = to_bfloat16(weight.table[i]);
+    }
+    uint16_t data[256] = {};
+};
+
 // How far ahead codes are fetched, in bytes: into the second-level cache, where there is room for them.
 constexpr int64_t kAhead = 16 << 10;
 

@@ -23,7 +23,10 @@ struct Job {
     int64_t x_scale_stride;
     const float *sums;      // [rows, groups]: of each group's activations; null without zeros, unless they are bytes
     float *y;               // [rows, outputs]
+    bool panels;            // many rows: weights may be rounded to what activations are, and decoded once for all of them
 };
+
+constexpr int64_t kPanelOutputs = 64;  // that are decoded together; with their columns, 256 KB in the second-level cache
 
 // What activations are when they are multiplied: float32 as they stand, or, in an order of the kernel's own, bfloat16 (the
 // table is, too) or integers of 8 bits with scales. All are padded to `padded` columns.
@@ -38,7 +41,7 @@ struct Kernel {
     // A row as bytes, 16 scales a block, and each group's sum of what the bytes stand for.
     void (*quantize)(const ql_weight &weight, const float *x, int8_t *out, float *scales, float *sums);
     void (*multiply)(const Job &job, int64_t begin, int64_t end);
-    void (*decode)(const ql_weight &weight, void *out, int type, int64_t begin, int64_t end);
+    void (*decode)(const ql_weight &weight, void *out, int type, int64_t begin, int64_t end);  // null if it has panels
     float (*dot)(const void *row, int type, int64_t first, const float *x, int64_t count);
 };
 

@@ -33,8 +33,8 @@ typedef struct {
 // The best instruction set that this machine has and that was compiled, QL_AVX512_INT8 aside.
 int ql_best_isa(void);
 
-// The best one, `at_most` that, for this weight and activations of this type. QL_SCALAR takes everything.
-int ql_choose(const ql_weight *weight, int activation_type, int at_most);
+// The best one, `at_most` that, for this weight and so many rows of activations of this type. QL_SCALAR takes everything.
+int ql_choose(const ql_weight *weight, int activation_type, int64_t rows, int at_most);
 
 // x [rows, columns] times `count` weights, whose outputs stand side by side in y [rows, sum of outputs]; x and y are of
 // `activation_type`. Each weight is run by what `ql_choose` says for it. Weights that are next to each other and stored alike
@@ -43,11 +43,16 @@ int ql_choose(const ql_weight *weight, int activation_type, int at_most);
 int ql_linear(const ql_weight *weights, int count, const void *x, void *y, int64_t rows, int activation_type, int at_most,
               int threads);
 
-// Not for QL_AVX512_INT8: weights of the outputs begin..end, and activations, in an order that they share: [end - begin, ql_padded] and [rows,
-// ql_padded]. With AVX-512 everything is bfloat16 and columns are padded; else weights are of `type`, in their own order.
-int64_t ql_padded(const ql_weight *weight, int isa);
+// The most rows for which codes are multiplied as they are stored. For more it is faster to decode panels of the weight,
+// rounded to what activations are.
+int64_t ql_few_rows(const ql_weight *weight, int activation_type, int at_most);
+
+// The most rows that `ql_linear` should be given: no limit where it decodes panels itself (QL_AVX512 and bfloat16), else
+// `ql_few_rows`, and `ql_decode` is for whoever multiplies them.
+int64_t ql_most_rows(const ql_weight *weight, int activation_type, int at_most);
+
+// The weights of the outputs begin..end, [end - begin, columns] of `type`. For QL_SCALAR and QL_AVX2.
 int ql_decode(const ql_weight *weight, void *out, int64_t begin, int64_t end, int type, int isa, int threads);
-int ql_permute(const ql_weight *weight, const void *x, void *out, int64_t rows, int isa, int threads);
 
 #ifdef __cplusplus
 }

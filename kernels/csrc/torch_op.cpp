@@ -17,10 +17,10 @@ namespace {
 
 // What the kernels' own library offers, and how Python configured it.
 struct Kernels {
-    decltype(&ql_choose) choose;
+    decltype(&ql_most_rows) most_rows;
     decltype(&ql_linear) linear;
     int at_most;
-    int64_t most_rows;
+    int allowed;
 } kernels;
 
 // What torch's C interface says of a tensor.
@@ -91,18 +91,18 @@ struct Operands {
     }
 };
 
-// The product of x with all weights, side by side; null where it has many rows, or something is out of the ordinary.
+// The product of x with all weights, side by side; null where it has too many rows, or something is out of the ordinary.
 AtenTensorHandle product(AtenTensorHandle x, const Operands *operands, size_t count, int64_t bits) {
     const int type = type_of(x);
     const int64_t dimensions = ask<int64_t>(aoti_torch_get_dim, x), columns = size_of(x, dimensions - 1);
     const int64_t rows = columns ? ask<int64_t>(aoti_torch_get_numel, x) / columns : 0;
-    bool few = rows > 0 && rows <= kernels.most_rows && contiguous(x) && type >= 0 && type <= QL_BFLOAT16;
-    for (size_t i = 0; few && i < count; i++) few = operands[i].plain();
-    if (!few) return nullptr;
+    if (!kernels.allowed || rows == 0 || !contiguous(x) || type < 0 || type > QL_BFLOAT16) return nullptr;
     std::vector<ql_weight> weights;
     int64_t outputs = 0;
     for (size_t i = 0; i < count; i++) {
+        if (!operands[i].plain()) return nullptr;
         weights.push_back(operands[i].weight(columns, bits));
+        if (rows > kernels.most_rows(&weights[i], type, kernels.at_most)) return nullptr;
         outputs += weights[i].outputs;
     }
     std::vector<int64_t> sizes, strides(size_t(dimensions), 1);
@@ -175,9 +175,9 @@ Tensor boxed_linears(Tensor x, std::vector<Tensor> codes, std::vector<Tensor> sc
 
 }  // namespace
 
-extern "C" void ql_configure(void *choose, void *linear_function, int at_most, int64_t most_rows) {
-    kernels = {reinterpret_cast<decltype(&ql_choose)>(choose), reinterpret_cast<decltype(&ql_linear)>(linear_function),
-               at_most, most_rows};
+extern "C" void ql_configure(void *most_rows, void *linear_function, int at_most, int allowed) {
+    kernels = {reinterpret_cast<decltype(&ql_most_rows)>(most_rows), reinterpret_cast<decltype(&ql_linear)>(linear_function),
+               at_most, allowed};
 }
 
 // What torch's compiler calls for `quantlab::linears` without its dispatcher: the name is its own rule for C functions of

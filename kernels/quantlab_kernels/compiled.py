@@ -18,10 +18,10 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from quantlab_kernels import native
-from quantlab_kernels.dispatch import FEW_ROWS
 
 _LINEAR = torch.ops.quantlab.linear.default
 _LINEARS = torch.ops.quantlab.linears.default
+_FEW_ROWS = 32  # with more it is products that take the time, not the calls
 
 
 def compile_options(cpp_wrapper: bool) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _products_of_one_input(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         x, _, scales, zeros, _, bits, _, bias, left, _ = node.args
         value = x.meta["val"]
         rows = value.numel() // value.shape[-1]
-        if left is not None or value.device.type != "cpu" or not isinstance(rows, int) or rows > FEW_ROWS:
+        if left is not None or value.device.type != "cpu" or not isinstance(rows, int) or rows > _FEW_ROWS:
             continue
         groups = scales.meta["val"].shape[1]
         key = (x, bits, groups, zeros is None, bias is None)

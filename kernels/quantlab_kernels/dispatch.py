@@ -13,9 +13,6 @@ import torch
 from quantlab_kernels import gpu, native, onednn, reference
 from quantlab_kernels.activations import ACTIVATIONS, quantize_rows
 
-# Up to so many rows of activations a kernel reads codes as they are; with more it pays to decode a panel of the weight
-# into cache and to multiply that as usual (docs/kernels.md has the measurement).
-FEW_ROWS = 32
 _PANEL = 4 << 20  # bytes of a decoded panel, which should stay in cache
 _BEST = f"cpu-{native.ISAS[-1]}"
 _CPU = tuple(f"cpu-{isa}" for isa in (*native.ISAS, native.INT8))
@@ -30,7 +27,7 @@ class Choice:
 
     Attributes:
         kernel: one of :data:`KERNELS`.
-        panels: whether the weight is decoded a panel at a time, which torch multiplies; else codes are read as stored.
+        panels: whether the weight is decoded a panel at a time, to the activations' type; else codes are read as stored.
         why: the reason, where it is not the best kernel of the machine.
     """
 
@@ -78,7 +75,7 @@ def force(name: str | None) -> Iterator[None]:
 
 def configure() -> None:
     """Tell the operator that is registered in C++ what was forced; :func:`choose` refuses a name that is not known."""
-    native.configure(FEW_ROWS if _forced is None or _forced in (*_CPU, _ONEDNN) else 0, _at_most())
+    native.configure(_forced is None or _forced in (*_CPU, _ONEDNN), _at_most())
 
 
 def _at_most() -> str:
@@ -135,10 +132,10 @@ def _chosen(
         return Choice("reference", why="the CPU kernels were not compiled"), None
     if x.dtype not in native.ACTIVATIONS or scales.dtype not in native.SCALES:
         return Choice("reference", why=f"{x.dtype} activations, {scales.dtype} scales"), None
-    panels = x.numel() // x.shape[-1] > FEW_ROWS
-    at_most = native.ISAS[-1] if (panels or rounded) and _at_most() == native.INT8 else _at_most()
+    rows = x.numel() // x.shape[-1]
+    at_most = native.ISAS[-1] if rounded and _at_most() == native.INT8 else _at_most()
     weight = native.Weight(codes, scales, zeros, table, bits, x.shape[-1], bias, low_rank, at_most)
-    return Choice(f"cpu-{weight.isa(x.dtype)}", panels), weight
+    return Choice(f"cpu-{weight.isa(x.dtype, rows)}", rows > weight.few_rows(x.dtype)), weight
 
 
 def linear(
@@ -161,7 +158,7 @@ def linear(
     if weight is None or x.numel() == 0:
         return reference.quantized_linear(x, codes, scales, zeros, table, bits, bias, low_rank)
     rows = x.reshape(-1, x.shape[-1])
-    if choice.panels:
+    if len(rows) > weight.most_rows(x.dtype):
         y = _by_panels(rows, weight)
         if low_rank is not None:
             y += (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
@@ -233,13 +230,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _by_panels(x: torch.Tensor, weight: native.Weight) -> torch.Tensor:
     """``x [rows, columns]`` times the weight, never decoded as a whole."""
-    aligned = weight.aligned(x)
-    outputs = min(max(_PANEL // (aligned.shape[1] * x.element_size()), 32), weight.outputs)
-    panel = x.new_empty(outputs, aligned.shape[1])  # one for all: its pages stay where they are
+    outputs = min(max(_PANEL // (x.shape[1] * x.element_size()), 32), weight.outputs)
+    panel = x.new_empty(outputs, x.shape[1])  # one for all: its pages stay where they are
     if outputs == weight.outputs:
-        return torch.nn.functional.linear(aligned, weight.decode(0, outputs, panel))
+        return torch.nn.functional.linear(x, weight.decode(0, outputs, panel))
     y = x.new_empty(x.shape[0], weight.outputs)
     for begin in range(0, weight.outputs, outputs):
         end = min(begin + outputs, weight.outputs)
-        y[:, begin:end] = torch.nn.functional.linear(aligned, weight.decode(begin, end, panel))
+        y[:, begin:end] = torch.nn.functional.linear(x, weight.decode(begin, end, panel))
     return y

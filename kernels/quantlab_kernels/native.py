@@ -72,12 +72,11 @@ def library() -> ctypes.CDLL | None:
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     weight, pointer, long = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64
-    found.ql_choose.argtypes = [weight, ctypes.c_int, ctypes.c_int]
+    found.ql_choose.argtypes = [weight, ctypes.c_int, long, ctypes.c_int]
     found.ql_linear.argtypes = [weight, ctypes.c_int, pointer, pointer, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    found.ql_padded.argtypes = [weight, ctypes.c_int]
-    found.ql_padded.restype = long
+    for function in (found.ql_few_rows, found.ql_most_rows):
+        function.argtypes, function.restype = [weight, ctypes.c_int, ctypes.c_int], long
     found.ql_decode.argtypes = [weight, pointer, long, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    found.ql_permute.argtypes = [weight, pointer, pointer, long, ctypes.c_int, ctypes.c_int]
     return found
 
 
@@ -139,12 +138,17 @@ class Weight:
         """Rows of the weight."""
         return int(self._c.outputs)
 
-    def isa(self, dtype: torch.dtype) -> str:
-        """The instruction set that runs this weight with activations of ``dtype``."""
-        return _NUMBERED[self._choose(dtype)]
+    def isa(self, dtype: torch.dtype, rows: int = 1) -> str:
+        """The instruction set that runs this weight with so many rows of ``dtype``."""
+        return _NUMBERED[self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], rows, self._at_most)]
 
-    def _choose(self, dtype: torch.dtype) -> int:
-        return self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], self._at_most)
+    def few_rows(self, dtype: torch.dtype) -> int:
+        """Up to so many rows of ``dtype`` the weight is never rounded; for more, panels of it are decoded to ``dtype``."""
+        return int(self._library.ql_few_rows(ctypes.byref(self._c), _TYPES[dtype], self._at_most))
+
+    def most_rows(self, dtype: torch.dtype) -> int:
+        """Up to so many rows of ``dtype`` go to :meth:`multiply`; for more it pays to :meth:`decode` the weight."""
+        return int(self._library.ql_most_rows(ctypes.byref(self._c), _TYPES[dtype], self._at_most))
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, columns]`` to ``[rows, outputs]``, with the bias and the low-rank term."""
@@ -155,28 +159,12 @@ class Weight:
             raise MemoryError(f"no memory for a product of {list(x.shape)} with {self.outputs} outputs")
         return y
 
-    def _decoder(self, dtype: torch.dtype) -> int:
-        """AVX-512 decodes to bfloat16 only."""
-        at_most = min(self._at_most, ISAS.index("avx512" if dtype == torch.bfloat16 else "avx2"))
-        return self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], at_most)
-
-    def aligned(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [rows, columns]`` in the order of :meth:`decode`'s columns."""
-        isa = self._decoder(x.dtype)
-        if ISAS[isa] != "avx512":
-            return x
-        x = x.contiguous()
-        out = torch.empty(x.shape[0], self._library.ql_padded(ctypes.byref(self._c), isa), dtype=x.dtype)
-        arguments = (x.data_ptr(), out.data_ptr(), x.shape[0], isa, torch.get_num_threads())
-        self._library.ql_permute(ctypes.byref(self._c), *arguments)
-        return out
-
     def decode(self, begin: int, end: int, out: torch.Tensor) -> torch.Tensor:
-        """The weights of some outputs, columns in the order of :meth:`aligned`, in the first rows of ``out``."""
-        isa = self._decoder(out.dtype)
-        width = self._library.ql_padded(ctypes.byref(self._c), isa)
-        if out.shape[1] != width or out.shape[0] < end - begin or not out.is_contiguous():
-            raise ValueError(f"decoded weights are [{end - begin}, {width}], not {list(out.shape)}")
+        """The weights of some outputs, in the first rows of ``out [>= end - begin, columns]``."""
+        if out.shape[1] != self.columns or out.shape[0] < end - begin or not out.is_contiguous():
+            raise ValueError(f"decoded weights are [{end - begin}, {self.columns}], not {list(out.shape)}")
+        at_most = min(self._at_most, ISAS.index("avx2"))
+        isa = self._library.ql_choose(ctypes.byref(self._c), _TYPES[out.dtype], 1, at_most)
         arguments = (out.data_ptr(), begin, end, _TYPES[out.dtype], isa, torch.get_num_threads())
         self._library.ql_decode(ctypes.byref(self._c), *arguments)
         return out[: end - begin]
@@ -210,14 +198,14 @@ def register() -> bool:
     return library() is not None and _operator() is not None
 
 
-def configure(most_rows: int, at_most: str = ISAS[-1]) -> None:
-    """Let the C++ operator run products of up to ``most_rows`` rows itself; it hands all others to ``linear_any``."""
+def configure(allowed: bool, at_most: str = ISAS[-1]) -> None:
+    """Let the C++ operator run what compiled kernels run best; it hands everything else to ``linear_any``."""
     found = library()
     operator = None if found is None else _operator()
     if found is None or operator is None:
         return
-    address = [ctypes.cast(function, ctypes.c_void_p) for function in (found.ql_choose, found.ql_linear)]
-    operator.ql_configure(*address, ctypes.c_int(_NUMBERED.index(at_most)), ctypes.c_int64(most_rows))
+    address = [ctypes.cast(function, ctypes.c_void_p) for function in (found.ql_most_rows, found.ql_linear)]
+    operator.ql_configure(*address, ctypes.c_int(_NUMBERED.index(at_most)), ctypes.c_int(allowed))
 
 
 @cache

@@ -26,11 +26,11 @@ float integer(int64_t i) { return float(i) - 3.0f; }
 int main() {
     long products = 0;
     const int64_t shapes[][2] = {{64, 1},  {128, 2}, {256, 4}, {576, 9}, {96, 1}, {96, 4}, {520, 65}, {72, 9},
-                                 {33, 1},  {39, 3},  {1, 1},   {1024, 2}, {192, 2}, {640, 5}, {1000, 1}};
+                                 {33, 1},  {39, 3},  {1, 1},   {1024, 2}, {192, 2}, {640, 5}, {1000, 1}, {2112, 33}};
     for (int bits = 1; bits <= 8; bits++)
         for (const auto &shape : shapes)
             for (int64_t outputs : {1, 5, 18})
-                for (int64_t rows : {1, 2, 3, 4, 7, 8, 13})
+                for (int64_t rows : {1, 2, 3, 4, 7, 8, 13, 41})
                     for (int kind = 0; kind < 4; kind++) {
                         const int64_t columns = shape[0], groups = shape[1], rank = kind == 3 ? 3 : 0;
                         const int64_t bytes = (columns * bits + 7) / 8, scale_rows = kind == 2 ? 1 : outputs;
@@ -66,19 +66,13 @@ int main() {
                         weight.bias_type = QL_FLOAT32;
                         const void *x = type == QL_FLOAT32 ? static_cast<const void *>(x32.get()) : x16.get();
                         for (int at_most = QL_SCALAR; at_most <= QL_AVX512_INT8; at_most++) {
-                            const int isa = ql_choose(&weight, type, at_most);
+                            const int isa = ql_choose(&weight, type, rows, at_most);
                             if (isa != at_most) continue;
                             if (ql_linear(&weight, 1, x, y.get(), rows, type, isa, 2)) return 1;
                             products++;
-                            if (isa == QL_AVX512_INT8) continue;
-                            const int decoded = isa == QL_AVX512 ? QL_BFLOAT16 : type;
-                            const int64_t width = ql_padded(&weight, isa);
-                            std::unique_ptr<char[]> out(new char[size_t(outputs * width * sizes[decoded])]);
-                            if (ql_decode(&weight, out.get(), 0, outputs, decoded, isa, 1)) return 1;
-                            if (isa == QL_AVX512) {
-                                std::unique_ptr<uint16_t[]> aligned(new uint16_t[size_t(rows * width)]);
-                                if (ql_permute(&weight, x16.get(), aligned.get(), rows, isa, 1)) return 1;
-                            }
+                            if (isa >= QL_AVX512) continue;
+                            std::unique_ptr<char[]> out(new char[size_t(outputs * columns * sizes[type])]);
+                            if (ql_decode(&weight, out.get(), 0, outputs, type, isa, 1)) return 1;
                         }
                     }
     printf("%ld products\n", products);

@@ -15,6 +15,10 @@ ISAS = native.ISAS[: native.ISAS.index(native.best_isa() or "scalar") + 1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def by_panels(x, layer) -> bool:
+    return choose(x, *layer.arguments[:5]).panels
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     with force(f"cpu-{request.param}"):
@@ -61,14 +65,14 @@ def test_any_layer(isa, bits, rows, outputs, group, groups, dtype, one_scale, se
     )
     x = activations(rows, group * groups, dtype, seed)
     with force(f"cpu-{isa}"):
-        rounds_weights = rows > 32 or (dtype == torch.bfloat16 and not integers)
+        rounds_weights = by_panels(x, layer) or (dtype == torch.bfloat16 and not integers)
         layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=rounds_weights)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 17, 32, 33, 64, 128, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 17, 32, 33, 64, 128, 300, 600])
 def test_any_number_of_rows(isa, rows):
     layer, x = random_layer(rows=70, columns=576, groups=9), activations(rows, 576)
-    layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=rows > 32)
+    layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=by_panels(x, layer))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,19 +86,19 @@ class TestHostileNumbers:
     def test_one_huge_value(self, isa, rows, dtype):
         layer, x = random_layer(), activations(rows, 256, dtype)
         x[0, 100] = 1e4
-        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=rows > 32)
+        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=by_panels(x, layer))
 
     def test_subnormal_scales(self, isa, rows, dtype):
         layer, x = random_layer(scale_dtype=torch.float16), activations(rows, 256, dtype)
         layer.scales.copy_(layer.scales * 2.0**-20)
         assert layer.scales.float().abs().max() < torch.finfo(torch.float16).smallest_normal
         x *= 2.0**8
-        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=rows > 32)
+        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=by_panels(x, layer))
 
     def test_negative_scales(self, isa, rows, dtype):
         layer, x = random_layer(), activations(rows, 256, dtype)
         layer.scales[::2] *= -1
-        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=rows > 32)
+        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=by_panels(x, layer))
 
 
 def test_exact_where_everything_is_representable(isa):
@@ -106,7 +110,23 @@ def test_exact_where_everything_is_representable(isa):
         assert torch.equal(quantized_linear(x, *layer.arguments).double(), layer.product(x)[0])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 32])
+def test_rows_that_are_longer_than_a_panel(isa):
+    for bits in range(1, 9):
+        layer = random_layer(bits, rows=133, columns=4160, groups=65, zeros=torch.int8, bias=True, rank=3)
+        x = activations(45, 4160)
+        layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=True)
+
+
+def test_a_row_of_a_panel_does_not_depend_on_the_others(isa):
+    layer, x = random_layer(rows=70, columns=576, groups=9), activations(300, 576)
+    if isa != "avx512":
+        pytest.skip("torch multiplies the panels of the others")
+    whole = quantized_linear(x, *layer.arguments)
+    for begin, end in ((0, 8), (3, 40), (250, 300)):
+        assert torch.equal(quantized_linear(x[begin:end], *layer.arguments), whole[begin:end])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 32, 300])
 def test_the_same_bits_with_any_number_of_threads(isa, rows):
     layer, x = random_layer(rows=300, columns=512, groups=8, rank=4, bias=True), activations(rows, 512)
     before = torch.get_num_threads()
@@ -153,10 +173,13 @@ class TestChoice:
         layer = random_layer()
         assert choose(activations(1, 256), *layer.arguments[:5]).kernel == f"cpu-{native.best_isa()}"
 
-    def test_many_rows_are_multiplied_by_panels(self):
+    def test_many_rows_are_multiplied_by_panels(self, isa):
         layer = random_layer()
-        assert not choose(activations(1, 256), *layer.arguments[:5]).panels
-        assert choose(activations(300, 256), *layer.arguments[:5]).panels
+        for dtype in DTYPES:
+            few = 7 if (isa, dtype) == ("avx512", torch.bfloat16) else 32
+            assert not by_panels(activations(1, 256, dtype), layer)
+            assert not by_panels(activations(few, 256, dtype), layer)
+            assert by_panels(activations(few + 1, 256, dtype), layer)
 
     def test_is_what_was_forced(self, isa):
         layer = random_layer()

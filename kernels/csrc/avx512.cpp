@@ -67,9 +67,9 @@ QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, _
 }
 
 // Several outputs at a time, so that activations are read less often, and sums do not wait for each other. An output by itself
-// has several blocks under way, with sums of their own.
+// has several blocks under way, with sums of their own. A function of its own: what surrounds it would take registers from it.
 template <int BITS, int M, int R, Spread SPREAD>
-void multiply_tile(const Tile<BITS> &given) {
+__attribute__((noinline)) void multiply_tile(const Tile<BITS> &given) {
     using C = Codes<BITS>;
     constexpr int kUnroll = R * M >= 4 ? 1 : 4 / (R * M);
     const Tile<BITS> tile = given;

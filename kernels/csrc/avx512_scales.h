@@ -41,9 +41,18 @@ QL_INLINE __m512 load_floats(const void *data, int type, int64_t first, __mmask1
     }
 }
 
-QL_INLINE void load_row(const void *data, int type, int64_t first, int64_t count, float *out) {
+template <int TYPE>
+__attribute__((noinline)) void load_row(const void *data, int type, int64_t first, int64_t count, float *out) {
     for (int64_t i = 0; i < count; i += 16)
-        _mm512_storeu_ps(out + i, load_floats(data, type, first + i, first_lanes(count - i)));
+        _mm512_storeu_ps(out + i, load_floats(data, TYPE < 0 ? type : TYPE, first + i, first_lanes(count - i)));
+}
+
+inline void load_row(const void *data, int type, int64_t first, int64_t count, float *out) {
+    switch (type) {  // once a row, not for every 16
+        case QL_FLOAT16: return load_row<QL_FLOAT16>(data, type, first, count, out);
+        case QL_BFLOAT16: return load_row<QL_BFLOAT16>(data, type, first, count, out);
+        default: return load_row<-1>(data, type, first, count, out);
+    }
 }
 
 // How the float32 lanes of a block get their scales.

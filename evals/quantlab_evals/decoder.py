@@ -181,7 +181,8 @@ class GreedyDecoder:
             return self._run(tokens)
         graph = _Graph(self._compile_options())
         # All that guards look at are the same objects with the same sizes; a window's length is a number of Python's.
-        guards: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe} if self._is_static() else None
+        static = self._is_static()
+        guards: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe} if static else None
         run = torch.compile(self._own_function(), fullgraph=True, backend=graph.compile, options=guards)
         started = time.perf_counter()
         try:
@@ -193,7 +194,7 @@ class GreedyDecoder:
                 f"the decode step of {type(self.model).__name__} cannot be compiled here: {said}"
             ) from error
         self.build_seconds = time.perf_counter() - started
-        self._run = (graph.bound(tokens) if guards else None) or run
+        self._run = (graph.bound(tokens) if static else None) or run
         return found
 
 

@@ -90,6 +90,10 @@ __attribute__((noinline)) void multiply_tile(const Tile<BITS> &given) {
     }
     for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
     if (rest) add_block<BITS, M, R, SPREAD, false>(tile, whole, rest, total[0]);
+    if constexpr (R == 4 && M == 1) {
+        _mm_storeu_ps(tile.y, add_lanes({total[0][0][0], total[0][1][0], total[0][2][0], total[0][3][0]}));
+        return;
+    }
     unrolled<R * M>([&](auto i) QL_INLINED {
         const int r = i / M, m = i % M;
         unrolled<kUnroll - 1>([&](auto u) QL_INLINED { total[0][r][m] = _mm512_add_ps(total[0][r][m], total[u + 1][r][m]); });
@@ -122,32 +126,23 @@ template <int BITS, int M, int R>
 void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int64_t end) {
     using C = Codes<BITS>;
     const ql_weight &weight = *job.weight;
-    const ScalingOf<Codes<BITS>> scaling(weight);
-    const int64_t stride = weight.groups + 32;
-    Buffer<float> scales(R * stride), zeros(stride);
+    const ScalingOf<C> scaling(weight);
+    ScaleRows scales(weight, weight.scales, weight.scale_type, R), zeros(weight, weight.zeros, weight.zero_type, R);
+    Tile<BITS> tile = {codes, scaling, nullptr, job.row_bytes, static_cast<const uint16_t *>(job.x), job.x_stride,
+                       nullptr, scales.stride, nullptr, weight.outputs};
     for (int64_t output = begin; output < end;) {
         const int outputs = end - output >= R && scaling.spread != Spread::kAnywhere ? R : 1;
-        for (int r = 0; r < outputs; r++)
-            load_row(weight.scales, weight.scale_type, scale_row(weight, output + r), weight.groups, scales.data + r * stride);
-        const Tile<BITS> tile = {codes,
-                                 scaling,
-                                 weight.codes + output * job.row_bytes,
-                                 job.row_bytes,
-                                 static_cast<const uint16_t *>(job.x),
-                                 job.x_stride,
-                                 scales.data,
-                                 stride,
-                                 job.y + output,
-                                 weight.outputs};
+        tile.rows = weight.codes + output * job.row_bytes;
+        tile.scales = scales.of(output, outputs);
+        tile.y = job.y + output;
         if (job.row_bytes % C::kBytes) fetch(tile.rows, job.row_bytes / C::kBytes * C::kBytes * R, job.row_bytes * R);
         if (outputs == R) multiply_tile<BITS, M, R>(tile);
         else multiply_one<BITS, M>(tile);
-        for (int r = 0; weight.zeros && r < outputs; r++) {
-            load_row(weight.zeros, weight.zero_type, scale_row(weight, output + r), weight.groups, zeros.data);
+        for (int r = 0; weight.zeros && r < outputs; r++)
             for (int64_t m = 0; m < M; m++)
-                job.y[m * weight.outputs + output + r] -= zero_shift(
-                    scales.data + r * stride, zeros.data, job.sums + m * weight.groups, weight.groups);
-        }
+                tile.y[m * weight.outputs + r] -=
+                    zero_shift(tile.scales + r * scales.stride, zeros.of(output, outputs) + r * zeros.stride,
+                               job.sums + m * weight.groups, weight.groups);
         output += outputs;
     }
 }

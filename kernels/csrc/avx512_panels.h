@@ -19,15 +19,6 @@ namespace {
 constexpr int kTileRows = 6, kTileOutputs = 4;
 constexpr int64_t kPanelColumns = 2048;  // 4 outputs are 16 KB, in the first-level cache
 
-// The lanes of four sums, added up.
-QL_INLINE __m128 add_lanes(const __m512 (&sums)[kTileOutputs]) {
-    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
-    const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]), _mm512_unpackhi_ps(sums[2], sums[3]));
-    const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-}
-
 // y [M, 4] = or += x [M, columns] w [4, columns]^T.
 template <int M>
 void multiply_panel_tile(const uint16_t *x, int64_t x_stride, const uint16_t *w, int64_t w_stride, int64_t columns, float *y,
@@ -107,8 +98,8 @@ struct Decoder {
           values(weight),
           codes(values.data),
           scaling(weight),
-          scales(weight.groups + 32),
-          zeros(weight.groups + 32) {}
+          scales(weight, weight.scales, weight.scale_type, 1),
+          zeros(weight, weight.zeros, weight.zero_type, 1) {}
 
     void decode(int64_t begin, int64_t end, int64_t first_block, int64_t blocks, uint16_t *out, int64_t stride) {
         for (int64_t output = begin; output < end; output++, out += stride)
@@ -117,16 +108,15 @@ struct Decoder {
 
     void decode_row(int64_t output, int64_t first_block, int64_t end_block, uint16_t *out) {
         const int64_t row_bytes = (weight.columns * BITS + 7) / 8;
-        load_row(weight.scales, weight.scale_type, scale_row(weight, output), weight.groups, scales.data);
-        if (weight.zeros) load_row(weight.zeros, weight.zero_type, scale_row(weight, output), weight.groups, zeros.data);
+        const float *row_scales = scales.of(output, 1), *row_zeros = zeros.of(output, 1);
         const uint8_t *row = weight.codes + output * row_bytes;
         for (int64_t block = first_block; block < end_block; block++) {
             const int64_t left = row_bytes - block * C::kBytes;
             const __m512i loaded = left >= C::kBytes ? C::load(row + block * C::kBytes)
                                                      : C::load(row + block * C::kBytes, left);
-            const __m512 scale = lane_scales(scaling, scales.data, block);
+            const __m512 scale = lane_scales(scaling, row_scales, block);
             const __m512 shift =
-                weight.zeros ? _mm512_fnmadd_ps(scale, lane_scales(scaling, zeros.data, block), zero()) : zero();
+                weight.zeros ? _mm512_fnmadd_ps(scale, lane_scales(scaling, row_zeros, block), zero()) : zero();
             store_steps<BITS>(codes, codes.prepare(loaded), scale, shift, together, out + block * C::kBlock);
         }
     }
@@ -136,7 +126,7 @@ struct Decoder {
     const C codes;
     const ScalingOf<C> scaling;
     const __m512i together = even_odd();
-    Buffer<float> scales, zeros;
+    ScaleRows scales, zeros;
 };
 
 // Weights are decoded a panel at a time, into cache, and multiplied there.

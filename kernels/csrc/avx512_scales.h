@@ -15,6 +15,15 @@ namespace {
 
 QL_INLINE __m512 zero() { return _mm512_setzero_ps(); }
 
+// The lanes of four sums, added up.
+QL_INLINE __m128 add_lanes(const __m512 (&sums)[4]) {
+    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
+    const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]), _mm512_unpackhi_ps(sums[2], sums[3]));
+    const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
 // The first `count` of 16 lanes, all of them from 16 on.
 QL_INLINE __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? __mmask16(0xffff) : __mmask16(_bzhi_u32(0xffff, unsigned(count)));
@@ -54,6 +63,43 @@ inline void load_row(const void *data, int type, int64_t first, int64_t count, f
         default: return load_row<-1>(data, type, first, count, out);
     }
 }
+
+// Scales, or zeros, as float32: of several outputs at a time, for those of one can be few.
+class ScaleRows {
+  public:
+    // `together` outputs are asked for at once.
+    ScaleRows(const ql_weight &weight, const void *data, int type, int64_t together)
+        : weight(weight),
+          data(data),
+          type(type),
+          stride(weight.scale_rows == 1 ? 0 : weight.groups),
+          most(together * weight.groups > kAtOnce ? together : kAtOnce / weight.groups / together * together),
+          floats(data ? most * weight.groups + 32 : 0) {}
+
+    // [count, stride], readable for a vector more.
+    const float *of(int64_t output, int64_t count) {
+        if (data && (output < first || output + count > end)) load(output);
+        return floats.data + (output - first) * stride;
+    }
+
+    const ql_weight &weight;
+    const void *const data;
+    const int type;
+    const int64_t stride;
+
+  private:
+    static constexpr int64_t kAtOnce = 1024;
+
+    __attribute__((noinline)) void load(int64_t output) {
+        first = output;
+        end = stride == 0 ? INT64_MAX : output + most < weight.outputs ? output + most : weight.outputs;
+        load_row(data, type, output * stride, stride ? (end - output) * stride : weight.groups, floats.data);
+    }
+
+    const int64_t most;
+    Buffer<float> floats;
+    int64_t first = 0, end = 0;
+};
 
 // How the float32 lanes of a block get their scales.
 enum class Spread {

@@ -142,22 +142,25 @@ inline void load_floats(const void *data, int type, int64_t first, int64_t count
 }
 
 // Memory of one call, on cache lines: zeroed, so that what lies behind the end of a row may be read, unless all that is read
-// was written before.
+// was written before. A little of it is in the object: small products are many, and take no longer than an allocation or two.
 template <typename T>
 struct Buffer {
     explicit Buffer(int64_t count, bool zeroed = true) : count(count) {
         const size_t bytes = (size_t(count) * sizeof(T) / 64 + 1) * 64;
-        block = malloc(bytes + 63);
+        block = bytes <= sizeof inside ? inside : malloc(bytes + 63);
         data = reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(block) + 63) / 64 * 64);
         if (block && zeroed) memset(data, 0, bytes);
     }
-    ~Buffer() { free(block); }
+    ~Buffer() {
+        if (block != inside) free(block);
+    }
     Buffer(const Buffer &) = delete;
     T &operator[](int64_t i) { return data[i]; }
 
     int64_t count;
     T *data;
     void *block;  // null where there was no memory
+    alignas(64) char inside[2048];
 };
 
 // Calls `function` with the width as a constant.

@@ -78,6 +78,20 @@ def test_compiled_decoders_of_two_models_say_what_their_own_model_says(make_mode
     assert models[0].config._attn_implementation == "sdpa", "the model is left as it was"
 
 
+def through_dynamo(decoder, prompt) -> bool:
+    """Whether a later step is looked up by torch's compiler, which takes as long as many layers of a small model."""
+    token = decoder.generate(prompt, 3)[:, -1:]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        decoder.step(token)
+    return any("Torch-Compiled Region" in event.key for event in profile.key_averages())
+
+
+def test_later_steps_are_called_without_the_compiler_in_between(make_model):
+    decoder = GreedyDecoder(make_model(), 20, cpp_wrapper=False)
+    assert not through_dynamo(decoder, prompts(1, 5))
+    assert through_dynamo(GreedyDecoder(sliding(), 24, cpp_wrapper=False), prompts(1, 4)), "its windows need guards"
+
+
 def test_compiled_on_a_sliding_window():
     """Its length is counted in Python, so guards have to see it."""
     model, prompt = sliding(), prompts(1, 4)

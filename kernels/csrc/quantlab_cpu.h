@@ -54,6 +54,9 @@ int64_t ql_most_rows(const ql_weight *weight, int activation_type, int at_most);
 // The weights of the outputs begin..end, [end - begin, columns] of `type`. For QL_SCALAR and QL_AVX2.
 int ql_decode(const ql_weight *weight, void *out, int64_t begin, int64_t end, int type, int isa, int threads);
 
+// x [rows, columns] as integers from -127 to 127 and a scale a row. Returns 1, and does nothing, without QL_AVX512.
+int ql_round_rows(const void *x, int type, int64_t rows, int64_t columns, int8_t *out, float *scales, int threads);
+
 #ifdef __cplusplus
 }
 #endif

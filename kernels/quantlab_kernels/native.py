@@ -77,6 +77,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     for function in (found.ql_few_rows, found.ql_most_rows):
         function.argtypes, function.restype = [weight, ctypes.c_int, ctypes.c_int], long
     found.ql_decode.argtypes = [weight, pointer, long, long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    found.ql_round_rows.argtypes = [pointer, ctypes.c_int, long, long, pointer, pointer, ctypes.c_int]
     return found
 
 
@@ -168,6 +169,17 @@ class Weight:
         arguments = (out.data_ptr(), begin, end, _TYPES[out.dtype], isa, torch.get_num_threads())
         self._library.ql_decode(ctypes.byref(self._c), *arguments)
         return out[: end - begin]
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``x [rows, columns]`` as int8 and float32 scales ``[rows]``, or None where there is no kernel for it."""
+    found = library()
+    if found is None or type(x) is not torch.Tensor or x.device.type != "cpu" or x.dtype not in ACTIVATIONS:
+        return None
+    x = x.contiguous()
+    codes, scales = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x))
+    arguments = (x.data_ptr(), _TYPES[x.dtype], *x.shape, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+    return None if found.ql_round_rows(*arguments) else (codes, scales)
 
 
 def _address(what: str, tensor: torch.Tensor | None) -> int | None:

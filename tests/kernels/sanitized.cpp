@@ -65,6 +65,9 @@ int main() {
                         weight.zero_type = QL_INT8;
                         weight.bias_type = QL_FLOAT32;
                         const void *x = type == QL_FLOAT32 ? static_cast<const void *>(x32.get()) : x16.get();
+                        auto rounded = std::unique_ptr<int8_t[]>(new int8_t[size_t(rows * columns)]);
+                        auto steps = std::unique_ptr<float[]>(new float[size_t(rows)]);
+                        ql_round_rows(x, type, rows, columns, rounded.get(), steps.get(), 2);
                         for (int at_most = QL_SCALAR; at_most <= QL_AVX512_INT8; at_most++) {
                             const int isa = ql_choose(&weight, type, rows, at_most);
                             if (isa != at_most) continue;

@@ -105,6 +105,27 @@ class TestOddRows:
         assert scales.shape == (0,)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    size=st.sampled_from([1e-39, 1e-6, 1.0, 1e4]),
+    odd=st.sampled_from([None, 0.0, float("nan"), float("inf"), -float("inf"), 3e38]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_compiled_loop_rounds_as_torch_does(dtype, rows, columns, size, odd, seed):
+    x = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    if odd is not None:
+        x[seed % rows, seed % columns] = odd
+    codes, scales = quantize_rows(x, torch.int8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "round_rows", lambda _: None)
+        expected, expected_scales = quantize_rows(x, torch.int8)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales.nan_to_num(7, 8, 9), expected_scales.nan_to_num(7, 8, 9))
+
+
 def test_ties_go_to_even():
     codes, _ = quantize_rows(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]), torch.int8)
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2]]

@@ -18,16 +18,17 @@ namespace quantlab {
 namespace {
 
 // One block of codes of R outputs times M rows of activations.
-template <int BITS, int M, int R>
-QL_INLINE void add_steps(const Codes<BITS> &codes, const __m512i (&block)[R], const uint16_t *x, int64_t stride,
+template <typename C, int M, int R>
+QL_INLINE void add_steps(const C &codes, const __m512i (&block)[R], const uint16_t *x, int64_t stride,
                          __m512 (&part)[R][M]) {
-    unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
+    unrolled<C::kSteps * C::kTerms>([&](auto i) QL_INLINED {
+        const int step = i / C::kTerms, term = i % C::kTerms;
         __m512bh weights[R];
-        unrolled<R>([&](auto r) QL_INLINED { weights[r] = (__m512bh)codes.weights(block[r], step); });
+        unrolled<R>([&](auto r) QL_INLINED { weights[r] = (__m512bh)codes.weights(block[r], step, term); });
         unrolled<M>([&](auto m) QL_INLINED {
             const __m512bh activations = (__m512bh)_mm512_loadu_si512(x + m * stride + 32 * step);
             unrolled<R>([&](auto r) QL_INLINED {
-                part[r][m] = _mm512_dpbf16_ps(step ? part[r][m] : zero(), activations, weights[r]);
+                part[r][m] = _mm512_dpbf16_ps(i ? part[r][m] : zero(), activations, weights[r]);
             });
         });
     });
@@ -35,9 +36,9 @@ QL_INLINE void add_steps(const Codes<BITS> &codes, const __m512i (&block)[R], co
 
 // R neighbouring outputs, and all that their product needs, by value: what is known to be the function's own stays in
 // registers.
-template <int BITS>
+template <typename C>
 struct Tile {
-    Codes<BITS> codes;
+    C codes;
     Scaling scaling;
     const uint8_t *rows;  // [R, row_bytes]
     int64_t row_bytes;
@@ -50,16 +51,15 @@ struct Tile {
 };
 
 // Adds a block of the tile's codes, of which `bytes` are there, or all where WHOLE.
-template <int BITS, int M, int R, Spread SPREAD, bool WHOLE>
-QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, __m512 (&total)[R][M]) {
-    using C = Codes<BITS>;
+template <typename C, int M, int R, Spread SPREAD, bool WHOLE>
+QL_INLINE void add_block(const Tile<C> &tile, int64_t block, int64_t bytes, __m512 (&total)[R][M]) {
     __m512i loaded[R];
     __m512 part[R][M];
     unrolled<R>([&](auto r) QL_INLINED {
         const uint8_t *at = tile.rows + r * tile.row_bytes + block * C::kBytes;
         loaded[r] = tile.codes.prepare(WHOLE ? C::load(at) : C::load(at, bytes));
     });
-    add_steps<BITS, M, R>(tile.codes, loaded, tile.x + block * C::kBlock, tile.x_stride, part);
+    add_steps<C, M, R>(tile.codes, loaded, tile.x + block * C::kBlock, tile.x_stride, part);
     unrolled<R>([&](auto r) QL_INLINED {
         const __m512 scale = scale_of<SPREAD>(tile.scaling, tile.scales + r * tile.scale_stride, block);
         unrolled<M>([&](auto m) QL_INLINED { total[r][m] = _mm512_fmadd_ps(part[r][m], scale, total[r][m]); });
@@ -68,11 +68,10 @@ QL_INLINE void add_block(const Tile<BITS> &tile, int64_t block, int64_t bytes, _
 
 // Several outputs at a time, so that activations are read less often, and sums do not wait for each other. An output by itself
 // has several blocks under way, with sums of their own. A function of its own: what surrounds it would take registers from it.
-template <int BITS, int M, int R, Spread SPREAD>
-__attribute__((noinline)) void multiply_tile(const Tile<BITS> &given) {
-    using C = Codes<BITS>;
+template <typename C, int M, int R, Spread SPREAD>
+__attribute__((noinline)) void multiply_tile(const Tile<C> &given) {
     constexpr int kUnroll = R * M >= 4 ? 1 : 4 / (R * M);
-    const Tile<BITS> tile = given;
+    const Tile<C> tile = given;
     const int64_t whole = tile.row_bytes / C::kBytes, rest = tile.row_bytes % C::kBytes;
     __m512 total[kUnroll][R][M];
     unrolled<kUnroll * R * M>([&](auto i) QL_INLINED { total[i / (R * M)][i / M % R][i % M] = zero(); });
@@ -85,11 +84,11 @@ __attribute__((noinline)) void multiply_tile(const Tile<BITS> &given) {
                 _mm_prefetch(codes + kAhead + (block * R + i) * C::kBytes, _MM_HINT_T1);
             });
         unrolled<kUnroll>([&](auto u) QL_INLINED {
-            add_block<BITS, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
+            add_block<C, M, R, SPREAD, true>(tile, block + u, 0, total[u]);
         });
     }
-    for (; block < whole; block++) add_block<BITS, M, R, SPREAD, true>(tile, block, 0, total[0]);
-    if (rest) add_block<BITS, M, R, SPREAD, false>(tile, whole, rest, total[0]);
+    for (; block < whole; block++) add_block<C, M, R, SPREAD, true>(tile, block, 0, total[0]);
+    if (rest) add_block<C, M, R, SPREAD, false>(tile, whole, rest, total[0]);
     if constexpr (R == 4 && M == 1) {
         _mm_storeu_ps(tile.y, add_lanes({total[0][0][0], total[0][1][0], total[0][2][0], total[0][3][0]}));
         return;
@@ -101,19 +100,19 @@ __attribute__((noinline)) void multiply_tile(const Tile<BITS> &given) {
     });
 }
 
-template <int BITS, int M, int R>
-void multiply_tile(const Tile<BITS> &tile) {
+template <typename C, int M, int R>
+void multiply_tile(const Tile<C> &tile) {
     switch (tile.scaling.spread) {
-        case Spread::kBlock: return multiply_tile<BITS, M, R, Spread::kBlock>(tile);
-        case Spread::kRepeated: return multiply_tile<BITS, M, R, Spread::kRepeated>(tile);
-        default: return multiply_tile<BITS, M, 1, Spread::kAnywhere>(tile);  // rare: an output at a time
+        case Spread::kBlock: return multiply_tile<C, M, R, Spread::kBlock>(tile);
+        case Spread::kRepeated: return multiply_tile<C, M, R, Spread::kRepeated>(tile);
+        default: return multiply_tile<C, M, 1, Spread::kAnywhere>(tile);  // rare: an output at a time
     }
 }
 
 // Rare, and a function of its own: the sums of a whole tile would get fewer registers.
-template <int BITS, int M>
-__attribute__((noinline)) void multiply_one(const Tile<BITS> &tile) {
-    multiply_tile<BITS, M, 1>(tile);
+template <typename C, int M>
+__attribute__((noinline)) void multiply_one(const Tile<C> &tile) {
+    multiply_tile<C, M, 1>(tile);
 }
 
 // Fetches what a tile's sum leaves out, where rows end inside of a block. A function of its own: it would cost the sum registers.
@@ -122,13 +121,12 @@ __attribute__((noinline)) void fetch(const uint8_t *codes, int64_t begin, int64_
         _mm_prefetch(reinterpret_cast<const char *>(codes) + kAhead + at, _MM_HINT_T1);
 }
 
-template <int BITS, int M, int R>
-void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int64_t end) {
-    using C = Codes<BITS>;
+template <typename C, int M, int R>
+void multiply_rows(const Job &job, const C &codes, int64_t begin, int64_t end) {
     const ql_weight &weight = *job.weight;
     const ScalingOf<C> scaling(weight);
     ScaleRows scales(weight, weight.scales, weight.scale_type, R), zeros(weight, weight.zeros, weight.zero_type, R);
-    Tile<BITS> tile = {codes, scaling, nullptr, job.row_bytes, static_cast<const uint16_t *>(job.x), job.x_stride,
+    Tile<C> tile = {codes, scaling, nullptr, job.row_bytes, static_cast<const uint16_t *>(job.x), job.x_stride,
                        nullptr, scales.stride, nullptr, weight.outputs};
     for (int64_t output = begin; output < end;) {
         const int outputs = end - output >= R && scaling.spread != Spread::kAnywhere ? R : 1;
@@ -136,8 +134,8 @@ void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int6
         tile.scales = scales.of(output, outputs);
         tile.y = job.y + output;
         if (job.row_bytes % C::kBytes) fetch(tile.rows, job.row_bytes / C::kBytes * C::kBytes * R, job.row_bytes * R);
-        if (outputs == R) multiply_tile<BITS, M, R>(tile);
-        else multiply_one<BITS, M>(tile);
+        if (outputs == R) multiply_tile<C, M, R>(tile);
+        else multiply_one<C, M>(tile);
         for (int r = 0; weight.zeros && r < outputs; r++)
             for (int64_t m = 0; m < M; m++)
                 tile.y[m * weight.outputs + r] -=
@@ -147,10 +145,8 @@ void multiply_rows(const Job &job, const Codes<BITS> &codes, int64_t begin, int6
     }
 }
 
-template <int BITS>
-void multiply(const Job &job, int64_t begin, int64_t end) {
-    const Values values(*job.weight);
-    const Codes<BITS> codes(values.data);
+template <typename C>
+void multiply(const Job &job, const C &codes, int64_t begin, int64_t end) {
     Job part = job;
     for (int64_t done = 0; done < job.rows;) {
         const int64_t left = job.rows - done;
@@ -159,9 +155,9 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
         part.sums = job.sums ? job.sums + done * job.weight->groups : nullptr;
         part.rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         switch (part.rows) {
-            case 1: multiply_rows<BITS, 1, 4>(part, codes, begin, end); break;
-            case 2: multiply_rows<BITS, 2, 2>(part, codes, begin, end); break;
-            default: multiply_rows<BITS, 4, 2>(part, codes, begin, end);
+            case 1: multiply_rows<C, 1, 4>(part, codes, begin, end); break;
+            case 2: multiply_rows<C, 2, 2>(part, codes, begin, end); break;
+            default: multiply_rows<C, 4, 2>(part, codes, begin, end);
         }
         done += part.rows;
     }
@@ -201,9 +197,14 @@ const Kernel *avx512_kernel() {
         /* quantize */ nullptr,
         /* multiply */
         [](const Job &job, int64_t begin, int64_t end) {
+            const Values values(*job.weight);
+            const auto run = [&](const auto &codes) {
+                if (job.panels) multiply_panels(job, codes, begin, end);
+                else multiply(job, codes, begin, end);
+            };
             with_bits(job.weight->bits, [&](auto bits) {
-                if (job.panels) multiply_panels<decltype(bits)::value>(job, begin, end);
-                else multiply<decltype(bits)::value>(job, begin, end);
+                if (decltype(bits)::value == 8 && Nibbles::hold(*job.weight)) run(Nibbles(*job.weight));
+                else run(Codes<decltype(bits)::value>(values.data));
             });
         },
         /* decode */ nullptr,

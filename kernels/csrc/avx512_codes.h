@@ -62,8 +62,11 @@ QL_INLINE void deal(const T *from, T *to) {
 //
 // An index may lie anywhere in the bits that a look-up reads: the table is repeated for what is below and above it, a
 // register for each place, which saves a shift.
-template <int BITS, int STEPS>
+//
+// A weight is what one look-up finds, or the sum of what kTerms of them find.
+template <int BITS, int STEPS, int TERMS = 1>
 struct Order {
+    static constexpr int kBits = BITS, kTerms = TERMS;
     static constexpr int kSteps = STEPS, kBlock = 32 * kSteps, kGrain = 2 * kSteps, kBytes = kBlock * BITS / 8;
     static int first(int lane) { return lane * kGrain; }
     static void permute(const uint16_t *x, uint16_t *out) { deal<uint16_t, kSteps>(x, out); }
@@ -108,7 +111,7 @@ struct Codes : Order<BITS, 16 / BITS> {
 
     static __m512i prepare(__m512i block) { return block; }
 
-    QL_INLINE __m512i weights(__m512i block, int step) const {
+    QL_INLINE __m512i weights(__m512i block, int step, int) const {
         const int shift = step / kPlaces * kPlaces * BITS;
         const __m512i index = shift ? _mm512_srli_epi16(block, unsigned(shift)) : block;
         if constexpr (BITS == 8) return look_up_256(table, index);
@@ -141,7 +144,7 @@ struct Codes<BITS, false> : Order<BITS, BITS == 3 ? 4 : 2> {
         return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(gather, block));
     }
 
-    QL_INLINE __m512i weights(__m512i block, int step) const {
+    QL_INLINE __m512i weights(__m512i block, int step, int) const {
         const __m512i index = step / kPlaces ? _mm512_srli_epi16(block, 8) : block;
         const __m512i *values = table + step % kPlaces * kTable;
         if constexpr (BITS == 5) return _mm512_permutexvar_epi16(index, values[0]);
@@ -156,6 +159,48 @@ struct Values {
         for (int i = 0; i < weight.table_size; i++) data[i] = to_bfloat16(weight.table[i]);
     }
     uint16_t data[256] = {};
+};
+
+// Codes of 8 bits whose values are a sum: one number by the upper four bits and one by the lower, both exact in bfloat16. All
+// consecutive integers are. Two tables of 16 are searched faster than one of 256.
+struct Nibbles : Order<8, 2, 2> {
+    __m512i table[2];
+
+    static bool hold(const ql_weight &weight) {
+        const Parts parts(weight);
+        for (int i = 0; i < weight.table_size; i++)
+            if (from_bfloat16(parts.upper[i >> 4]) + from_bfloat16(parts.lower[i & 15]) != weight.table[i]) return false;
+        return true;
+    }
+
+    explicit Nibbles(const ql_weight &weight) {
+        const Parts parts(weight);
+        repeat<4>(parts.lower, 0, 32, table);
+        repeat<4>(parts.upper, 0, 32, table + 1);
+    }
+
+    static __m512i prepare(__m512i block) { return block; }
+
+    QL_INLINE __m512i weights(__m512i block, int step, int term) const {
+        const int shift = 8 * step + 4 * term;
+        return _mm512_permutexvar_epi16(shift ? _mm512_srli_epi16(block, unsigned(shift)) : block, table[term]);
+    }
+
+  private:
+    // The value nearest to zero is the sum of nothing and itself, so that it takes nothing of the others' precision with it.
+    struct Parts {
+        explicit Parts(const ql_weight &weight) {
+            int least = 0;
+            const auto magnitude = [&](int i) { return weight.table[i] < 0 ? -weight.table[i] : weight.table[i]; };
+            for (int i = 1; i < weight.table_size; i++)
+                if (magnitude(i) < magnitude(least)) least = i;
+            for (int i = 0; i < 16; i++) {
+                upper[i] = to_bfloat16(weight.table[i * 16 + least % 16] - weight.table[least]);
+                lower[i] = to_bfloat16(weight.table[least / 16 * 16 + i]);
+            }
+        }
+        uint16_t upper[16], lower[16];
+    };
 };
 
 // How far ahead codes are fetched, in bytes: into the second-level cache, where there is room for them.

@@ -69,13 +69,18 @@ inline void multiply_panel(const uint16_t *x, int64_t x_stride, int64_t rows, co
 }
 
 // A lane's two weights share its scale: the even ones are the lower halves of 32 bits, the odd ones the upper halves.
-template <int BITS>
-QL_INLINE void store_steps(const Codes<BITS> &codes, __m512i block, __m512 scale, __m512 shift, __m512i together,
+template <typename C>
+QL_INLINE void store_steps(const C &codes, __m512i block, __m512 scale, __m512 shift, __m512i together,
                            uint16_t *out) {
-    unrolled<Codes<BITS>::kSteps>([&](auto step) QL_INLINED {
-        const __m512i words = codes.weights(block, step);
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
+    unrolled<C::kSteps>([&](auto step) QL_INLINED {
+        __m512 even = zero(), odd = zero();
+        unrolled<C::kTerms>([&](auto term) QL_INLINED {
+            const __m512i words = codes.weights(block, step, term);
+            const __m512 lower = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+            const __m512 upper = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
+            even = term ? _mm512_add_ps(even, lower) : lower;
+            odd = term ? _mm512_add_ps(odd, upper) : upper;
+        });
         const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(odd, scale, shift), _mm512_fmadd_ps(even, scale, shift));
         _mm512_storeu_si512(out + 32 * step, _mm512_permutexvar_epi16(together, (__m512i)apart));
     });
@@ -89,14 +94,11 @@ QL_INLINE __m512i even_odd() {
 }
 
 // Decodes some blocks of some outputs to bfloat16, in the order of the activations.
-template <int BITS>
+template <typename C>
 struct Decoder {
-    using C = Codes<BITS>;
-
-    explicit Decoder(const ql_weight &weight)
+    Decoder(const ql_weight &weight, const C &codes)
         : weight(weight),
-          values(weight),
-          codes(values.data),
+          codes(codes),
           scaling(weight),
           scales(weight, weight.scales, weight.scale_type, 1),
           zeros(weight, weight.zeros, weight.zero_type, 1) {}
@@ -107,7 +109,7 @@ struct Decoder {
     }
 
     void decode_row(int64_t output, int64_t first_block, int64_t end_block, uint16_t *out) {
-        const int64_t row_bytes = (weight.columns * BITS + 7) / 8;
+        const int64_t row_bytes = (weight.columns * C::kBits + 7) / 8;
         const float *row_scales = scales.of(output, 1), *row_zeros = zeros.of(output, 1);
         const uint8_t *row = weight.codes + output * row_bytes;
         for (int64_t block = first_block; block < end_block; block++) {
@@ -117,12 +119,11 @@ struct Decoder {
             const __m512 scale = lane_scales(scaling, row_scales, block);
             const __m512 shift =
                 weight.zeros ? _mm512_fnmadd_ps(scale, lane_scales(scaling, row_zeros, block), zero()) : zero();
-            store_steps<BITS>(codes, codes.prepare(loaded), scale, shift, together, out + block * C::kBlock);
+            store_steps<C>(codes, codes.prepare(loaded), scale, shift, together, out + block * C::kBlock);
         }
     }
 
     const ql_weight &weight;
-    const Values values;
     const C codes;
     const ScalingOf<C> scaling;
     const __m512i together = even_odd();
@@ -130,11 +131,10 @@ struct Decoder {
 };
 
 // Weights are decoded a panel at a time, into cache, and multiplied there.
-template <int BITS>
-void multiply_panels(const Job &job, int64_t begin, int64_t end) {
-    using C = Codes<BITS>;
+template <typename C>
+void multiply_panels(const Job &job, const C &codes, int64_t begin, int64_t end) {
     constexpr int64_t kStride = kPanelColumns + 32;  // rows a power of two apart fall onto each other in the cache
-    Decoder<BITS> decoder(*job.weight);
+    Decoder<C> decoder(*job.weight, codes);
     Buffer<uint16_t> panel(kPanelOutputs * kStride, false);
     const auto *x = static_cast<const uint16_t *>(job.x);
     const int64_t all = padded<C>(*job.weight);

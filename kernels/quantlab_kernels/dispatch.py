@@ -27,7 +27,8 @@ class Choice:
 
     Attributes:
         kernel: one of :data:`KERNELS`.
-        panels: whether the weight is decoded a panel at a time, to the activations' type; else codes are read as stored.
+        panels: whether the weight is decoded a panel at a time, rounded as activations are; else codes are read as
+            they are stored.
         why: the reason, where it is not the best kernel of the machine.
     """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from products import activations, random_layer
-from quantlab_kernels import choose, dispatch, force, native, quantized_linear
+from quantlab_kernels import choose, dispatch, force, native, pack, quantized_linear, unpack
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels were not compiled here")
 
@@ -108,6 +110,21 @@ def test_exact_where_everything_is_representable(isa):
         layer.scales.fill_(0.5)
         x = torch.randint(-3, 4, (5, 320), generator=torch.Generator().manual_seed(bits)).float()
         assert torch.equal(quantized_linear(x, *layer.arguments).double(), layer.product(x)[0])
+
+
+@pytest.mark.parametrize("first", [-128, -127, -40, 0])
+def test_eight_bits_are_exact_whatever_the_first_integer_is(isa, first):
+    """Sums of two look-ups: what is zero takes no precision from the others, however large its activation is."""
+    layer = random_layer(8, table_size=min(256, 128 - first), scale_dtype=torch.float32)
+    layer = dataclasses.replace(layer, table=torch.arange(layer.table.numel()).float() + first)
+    codes = unpack(layer.codes, 8, 256)
+    x = activations(3, 256)
+    x[:, 7] = 2.0**20
+    codes[:, 7] = -first
+    layer = dataclasses.replace(layer, codes=pack(codes, 8))
+    layer.assert_right(quantized_linear(x, *layer.arguments), x)
+    x = activations(40, 256)
+    layer.assert_right(quantized_linear(x, *layer.arguments), x, rounds_weights=by_panels(x, layer))
 
 
 def test_rows_that_are_longer_than_a_panel(isa):

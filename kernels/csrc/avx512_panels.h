@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kTileRows = 6, kTileOutputs = 4;
 constexpr int64_t kPanelColumns = 2048;  // 4 outputs are 16 KB, in the first-level cache
+constexpr int64_t kRowsAhead = 8;        // of codes that are fetched: parts of rows are too short for the processor to follow
 
 // y [M, 4] = or += x [M, columns] w [4, columns]^T.
 template <int M>
@@ -113,6 +114,7 @@ struct Decoder {
         const float *row_scales = scales.of(output, 1), *row_zeros = zeros.of(output, 1);
         const uint8_t *row = weight.codes + output * row_bytes;
         for (int64_t block = first_block; block < end_block; block++) {
+            _mm_prefetch(reinterpret_cast<const char *>(row + kRowsAhead * row_bytes + block * C::kBytes), _MM_HINT_T1);
             const int64_t left = row_bytes - block * C::kBytes;
             const __m512i loaded = left >= C::kBytes ? C::load(row + block * C::kBytes)
                                                      : C::load(row + block * C::kBytes, left);

@@ -144,7 +144,7 @@ class Weight:
         return _NUMBERED[self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], rows, self._at_most)]
 
     def few_rows(self, dtype: torch.dtype) -> int:
-        """Up to so many rows of ``dtype`` the weight is not rounded; for more, panels of it are decoded to ``dtype``."""
+        """Up to so many rows of ``dtype`` it is not rounded; for more, panels of it are decoded to ``dtype``."""
         return int(self._library.ql_few_rows(ctypes.byref(self._c), _TYPES[dtype], self._at_most))
 
     def most_rows(self, dtype: torch.dtype) -> int:

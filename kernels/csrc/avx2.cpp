@@ -26,12 +26,13 @@ inline uint64_t load_bytes(const uint8_t *at, int bits, bool whole) {
     return word;
 }
 
-template <int BITS>
+// What codes mean. Integers that follow each other are computed; others are looked up.
+template <int BITS, bool INTEGERS>
 struct Table {
-    __m256 low, high;
+    __m256 low, high, first;
     const float *values;
 
-    explicit Table(const float *of) : values(of) {
+    explicit Table(const float *of) : first(_mm256_set1_ps(of[0])), values(of) {
         float repeated[16];
         for (int i = 0; i < 16; i++) repeated[i] = of[i & ((1 << (BITS < 4 ? BITS : 4)) - 1)];
         low = _mm256_loadu_ps(repeated);
@@ -41,6 +42,7 @@ struct Table {
     __m256 weights(uint64_t word) const {
         const uint64_t bytes = _pdep_u64(word, 0x0101010101010101ull * ((1u << BITS) - 1));
         const __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
+        if constexpr (INTEGERS) return _mm256_add_ps(_mm256_cvtepi32_ps(index), first);
         if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(low, index);
         if constexpr (BITS == 4)
             return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
@@ -48,6 +50,15 @@ struct Table {
         return _mm256_i32gather_ps(values, index, 4);
     }
 };
+
+// Calls `function` with the weight's table.
+template <int BITS, typename Function>
+void with_table(const ql_weight &weight, const Function &function) {
+    bool integers = true;
+    for (int i = 1; i < weight.table_size; i++) integers = integers && weight.table[i] == weight.table[0] + float(i);
+    if (integers) function(Table<BITS, true>(weight.table));
+    else function(Table<BITS, false>(weight.table));
+}
 
 struct Row {
     const uint8_t *codes;
@@ -57,8 +68,9 @@ struct Row {
     bool whole(int64_t at) const { return at + 8 <= bytes; }
 };
 
-template <int BITS, int M>
-void multiply_rows(const Job &job, const Table<BITS> &table, int64_t begin, int64_t end) {
+template <int BITS, int M, typename T>
+void multiply_rows(const Job &job, const T &table, int64_t begin, int64_t end) {
+    constexpr int kSums = M == 1 ? 4 : 1;  // under way at a time: a product waits for the sum that it is added to
     const ql_weight &weight = *job.weight;
     const float *x = static_cast<const float *>(job.x);
     Buffer<float> scales(weight.groups), zeros(weight.groups);
@@ -71,18 +83,25 @@ void multiply_rows(const Job &job, const Table<BITS> &table, int64_t begin, int6
         float shift[M] = {};
         for (int m = 0; m < M; m++) total[m] = _mm256_setzero_ps();
         for (int64_t g = 0, k = 0; g < weight.groups; g++) {
-            __m256 part[M];
-            for (int m = 0; m < M; m++) part[m] = _mm256_setzero_ps();
-            for (const int64_t stop = k + job.group; k < stop; k += 8) {
-                const int64_t at = k / 8 * BITS;
+            __m256 part[kSums][M];
+            for (int i = 0; i < kSums * M; i++) part[i / M][i % M] = _mm256_setzero_ps();
+            const auto add = [&](__m256 (&to)[M], int64_t from, bool whole) QL_INLINED {
+                const int64_t at = from / 8 * BITS;
                 const int left = int(row.bytes - at < BITS ? row.bytes - at : BITS);
-                const __m256 weights = table.weights(load_bytes(row.codes + at, left, row.whole(at)));
+                const __m256 weights = table.weights(load_bytes(row.codes + at, left, whole));
                 for (int m = 0; m < M; m++)
-                    part[m] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + m * job.x_stride + k), part[m]);
+                    to[m] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + m * job.x_stride + from), to[m]);
+            };
+            const int64_t stop = k + job.group;
+            for (; k + 8 * kSums <= stop && row.whole((k / 8 + kSums - 1) * BITS); k += 8 * kSums) {
+#pragma GCC unroll 4
+                for (int i = 0; i < kSums; i++) add(part[i], k + 8 * i, true);
             }
+            for (; k < stop; k += 8) add(part[0], k, row.whole(k / 8 * BITS));
             const __m256 scale = _mm256_set1_ps(scales[g]);
             for (int m = 0; m < M; m++) {
-                total[m] = _mm256_fmadd_ps(part[m], scale, total[m]);
+                for (int i = 1; i < kSums; i++) part[0][m] = _mm256_add_ps(part[0][m], part[i][m]);
+                total[m] = _mm256_fmadd_ps(part[0][m], scale, total[m]);
                 if (weight.zeros) shift[m] += scales[g] * zeros[g] * job.sums[m * weight.groups + g];
             }
         }
@@ -90,9 +109,8 @@ void multiply_rows(const Job &job, const Table<BITS> &table, int64_t begin, int6
     }
 }
 
-template <int BITS>
-void multiply(const Job &job, int64_t begin, int64_t end) {
-    const Table<BITS> table(job.weight->table);
+template <int BITS, typename T>
+void multiply(const Job &job, const T &table, int64_t begin, int64_t end) {
     Job part = job;
     for (int64_t done = 0; done < job.rows; done += part.rows) {
         part.x = static_cast<const float *>(job.x) + done * job.x_stride;
@@ -104,9 +122,8 @@ void multiply(const Job &job, int64_t begin, int64_t end) {
     }
 }
 
-template <int BITS>
-void decode(const ql_weight &weight, void *out, int type, int64_t begin, int64_t end) {
-    const Table<BITS> table(weight.table);
+template <int BITS, typename T>
+void decode(const ql_weight &weight, const T &table, void *out, int type, int64_t begin, int64_t end) {
     const int64_t row_bytes = (weight.columns * BITS + 7) / 8, group = weight.columns / weight.groups;
     for (int64_t output = begin; output < end; output++) {
         const Row row = {weight.codes + output * row_bytes, row_bytes};
@@ -152,11 +169,17 @@ const Kernel *avx2_kernel() {
         /* quantize */ nullptr,
         /* multiply */
         [](const Job &job, int64_t begin, int64_t end) {
-            with_bits(job.weight->bits, [&](auto bits) { multiply<decltype(bits)::value>(job, begin, end); });
+            with_bits(job.weight->bits, [&](auto bits) {
+                constexpr int kBits = decltype(bits)::value;
+                with_table<kBits>(*job.weight, [&](const auto &table) { multiply<kBits>(job, table, begin, end); });
+            });
         },
         /* decode */
         [](const ql_weight &weight, void *out, int type, int64_t begin, int64_t end) {
-            with_bits(weight.bits, [&](auto bits) { decode<decltype(bits)::value>(weight, out, type, begin, end); });
+            with_bits(weight.bits, [&](auto bits) {
+                constexpr int kBits = decltype(bits)::value;
+                with_table<kBits>(weight, [&](const auto &table) { decode<kBits>(weight, table, out, type, begin, end); });
+            });
         },
         dot,
     };

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-from quantlab.errors import PreflightError
+from quantlab.errors import PreflightError, QuantlabError
 
 # Whose tensors several processes can add up: see :class:`quantlab.engine.distributed.Ranks`.
 _SHARED = ("cpu", "cuda")
+# Of the free memory: the rest is for what libraries take, and for gaps.
+_USABLE = 0.9
 
 
 def choose_device(name: str | torch.device, processes: int = 1) -> torch.device:
@@ -47,16 +49,26 @@ def choose_device(name: str | torch.device, processes: int = 1) -> torch.device:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever the process or its container chose: TF32 has three digits."""
+def computing() -> Iterator[None]:
+    """Products of float32 are float32's, whatever the process or its container chose: TF32 has three digits.
+
+    Raises:
+        QuantlabError: in the place of torch's, where a device has no memory left.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise QuantlabError(
+            f"the device has no memory left ({' '.join(str(error).split())[:200]}); what was done is kept, and the same "
+            "command goes on with it: end what else is on the device, or start anew with fewer or shorter calibration "
+            "sequences, with a recipe that needs less (w4-gptq-fast), or with --device cpu"
+        ) from error
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where the CPU's is what counts, or torch does not say."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Memory of a device that a run may plan with; None where torch does not say how much there is."""
+    return int(_USABLE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

@@ -70,6 +70,24 @@ class Memory:
         """All but the batches, which the disk can take over."""
         return self.total - self.states
 
+    def parted(self, room: int | None) -> Needs:
+        """What lies on a device with so much room (None: nobody knows), and what is left in memory.
+
+        Raises:
+            PreflightError: there is too little room even if all batches wait in memory.
+        """
+        needed = self.own - self.states
+        if room is not None and needed > room:
+            raise PreflightError(
+                f"the run needs about {needed / 1e9:.2f} GB on the device ({self.weights / 1e9:.2f} for a block, "
+                f"{(self.statistics + self.solving) / 1e9:.2f} to solve its largest layers) and {room / 1e9:.2f} GB "
+                "are free there; choose a recipe that needs less, or --device cpu"
+            )
+        states = 0 if room is None else min(self.states, room - needed)
+        device = replace(self, libraries=0, states=states, movable=0)
+        left = Memory(self.libraries, self.weights, self.states - states, statistics=0, solving=0)
+        return Needs(left, device)  # a block passes through memory on its way
+
     def within(self, budget: int) -> Memory:
         """The same with states on disk, as many as it takes, and with statistics if that does not suffice.
 
@@ -90,6 +108,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a run holds, and where.
+
+    Attributes:
+        memory: of the process.
+        device: memory of the device that it computes on; None if that is the CPU.
+    """
+
+    memory: Memory
+    device: Memory | None = None
+
+    @property
+    def states(self) -> int:
+        """Of suspended batches, all that need not be on disk."""
+        return self.memory.states + (0 if self.device is None else self.device.states)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run would do and take.
 
@@ -97,27 +133,32 @@ class Estimate:
         layers: how many layers get which scheme, by the scheme in words.
         blocks: of the model.
         memory: at the peak.
+        on_device: memory of the device that blocks are computed on, at the peak; None if that is the CPU.
         disk: bytes of the result.
         spilled: bytes of batches and statistics on disk while it runs.
         seconds: about, from timing one layer on this machine.
         timed: which layer that was.
         calibration: how the calibration data came about; empty if none is needed.
         bits: bits a weight over the layers that are quantized, about.
+        device: what torch calls it.
     """
 
     layers: dict[str, int]
     blocks: int
     memory: Memory
+    on_device: Memory | None
     disk: int
     spilled: int
     seconds: float
     timed: str
     calibration: dict[str, Any]
     bits: float
+    device: str
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON mapping."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        parts = {"memory": self.memory, "on_device": self.on_device}
+        return asdict(self) | {name: m and {**asdict(m), "total": m.total} for name, m in parts.items()}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -199,18 +240,18 @@ def estimate(
     model: nn.Module,
     architecture: Architecture,
     tokens: int,
-    memory: Memory,
+    needs: Needs,
     calibration: dict[str, Any],
 ) -> Estimate:
     """What the run would take; loads and solves one layer to know.
 
     Args:
         plan: what would be done.
-        source: where weights come from.
+        source: where weights come from, and on which device they are.
         model: its skeleton, which is left empty.
         architecture: its parts.
         tokens: of the calibration data.
-        memory: what it would hold, within its budget if it has one.
+        needs: what it would hold, within its budget if it has one.
         calibration: how the data came about.
     """
     full = memory_needs(plan, architecture, model, tokens)
@@ -220,13 +261,15 @@ def estimate(
     return Estimate(
         layers=dict(Counter(_in_words(layer) for layer in plan.values())),
         blocks=len(architecture.blocks),
-        memory=memory,
+        memory=needs.memory,
+        on_device=needs.device,
         disk=result_size(plan, model),
-        spilled=max(0, full.states - memory.states) + memory.waiting,
+        spilled=max(0, full.states - needs.states) + needs.memory.waiting,
         seconds=seconds,
         timed=timed,
         calibration=calibration,
         bits=8 * stored / weights,
+        device=str(source.device),
     )
 
 
@@ -267,14 +310,16 @@ def _seconds(plan: Plan, source: ModelSource, model: nn.Module, tokens: int) -> 
     statistics = None
     if tokens:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_TIMED_TOKENS, layer.shape[1], generator=generator).to(weight.dtype)
-        accumulator = InputAccumulator(layer.needs, layer.shape[1])
+        x = torch.randn(_TIMED_TOKENS, layer.shape[1], generator=generator).to(weight)
+        accumulator = InputAccumulator(layer.needs, layer.shape[1], weight.device)
         accumulator.add(x)  # once to warm up
+        _wait(x)
         started = time.perf_counter()
         accumulator.add(x)
+        _wait(x)
         observing = (time.perf_counter() - started) / _TIMED_TOKENS
         started = time.perf_counter()
-        x @ weight.T
+        _wait(x @ weight.T)
         running = (time.perf_counter() - started) / _TIMED_TOKENS
         if Statistic.SHIFT in layer.needs:
             accumulator.compare(x, x + 0.01 * x.roll(1), held_out=False)
@@ -296,6 +341,11 @@ def _seconds(plan: Plan, source: ModelSource, model: nn.Module, tokens: int) -> 
         plan.values(), lambda other: math.prod(other.shape) * (other.shape[1] if _has_moment(other) else 1)
     )
     return total, layer.name
+
+
+def _wait(x: torch.Tensor) -> None:
+    """Until a device has done what it was asked for: it hands out a number when all before is done."""
+    x[0, 0].item()
 
 
 def _has_moment(layer: PlannedLayer) -> bool:

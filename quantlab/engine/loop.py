@@ -53,6 +53,7 @@ class Run:
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
         states: bytes of suspended batches that may be in memory, the others go to the disk; None: all stay.
+        states_on_device: the same of the device that the source loads to, the others go to memory.
         statistics_wait: statistics wait on the disk while they are not in use.
         ranks: the processes that share the run.
     """
@@ -66,6 +67,7 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
     states: int | None = None
+    states_on_device: int | None = None
     statistics_wait: bool = False
     ranks: Ranks = ALONE
     _in_use: set[str] = field(default_factory=set, init=False)  # layers whose weights are the quantized ones
@@ -99,7 +101,7 @@ class Run:
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
         batches = [batch.to(self.source.device) for batch in self.batches]
         sample = None if self.rescaling is None else self.rescaling.sample.to(self.source.device)
-        spill = Spill(self.journal.folder, self.states)
+        spill = Spill(self.journal.folder, self.states, self.states_on_device)
         disk = partial(DiskMatrix, self.journal.folder) if self.statistics_wait else None
         with (
             self._embeddings_on_demand(models, lookups),

@@ -26,9 +26,9 @@ from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
-from quantlab.engine.device import choose_device, exact_products
+from quantlab.engine.device import choose_device, computing
 from quantlab.engine.distributed import SharedJournal, joined
-from quantlab.engine.estimate import Estimate, estimate, parse_bytes
+from quantlab.engine.estimate import Estimate, Needs, estimate, parse_bytes
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import Run
@@ -119,7 +119,7 @@ def quantize(
     started = time.perf_counter()
     asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
-    with joined() as ranks, exact_products():
+    with computing(), joined() as ranks:
         progress = progress if ranks.writes else Silent()
         _check_out(out, overwrite)
         job = _prepare(model, chosen, calibration, tokenizer, requantize, choose_device(device, ranks.size))
@@ -129,7 +129,7 @@ def quantize(
                 "nothing to do; use more samples, or fewer processes"
             )
         budget = None if memory is None else parse_bytes(memory)
-        needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
+        needs = job.checked(out, budget)
 
         def begin() -> Journal:
             if restart and (partial_folder(out) / LOG).is_file():
@@ -142,8 +142,9 @@ def quantize(
             progress.start(Start(chosen, job.architecture, plan, job.described, journal.resumed, notes=job.notes))
             run = Run(job.source, job.skeleton, job.architecture, plan, job.batches, journal, progress, job.rescaling)
             run.ranks = ranks
-            run.states = None if budget is None else budget - needed.without_states
-            run.statistics_wait = needed.waiting > 0
+            run.states = None if budget is None else budget - needs.memory.without_states
+            run.states_on_device = None if needs.device is None else needs.device.states
+            run.statistics_wait = needs.memory.waiting > 0
             run.execute()
         except BaseException:
             journal.abandon()
@@ -186,8 +187,8 @@ def dry_run(
     _check_out(out, overwrite)
     job = _prepare(model, chosen, calibration, tokenizer, requantize, choose_device(device))
     budget = None if memory is None else parse_bytes(memory)
-    needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
-    return estimate(job.plan, job.source, job.skeleton, job.architecture, job.tokens, needed, job.described)
+    needs = job.checked(out, budget)
+    return estimate(job.plan, job.source, job.skeleton, job.architecture, job.tokens, needs, job.described)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +216,11 @@ class _Job:
     @property
     def tokens(self) -> int:
         return sum(batch.numel() for batch in self.batches)
+
+    def checked(self, out: Path, budget: int | None) -> Needs:
+        """What it will hold; refused if that is more than there is."""
+        parts = (self.plan, self.architecture, self.skeleton, self.tokens)
+        return preflight.check_resources(*parts, out, budget, self.source.device)
 
 
 def _prepare(

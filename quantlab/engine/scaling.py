@@ -157,7 +157,7 @@ def _derivative(
     grads = torch.autograd.grad(x, parameters, direction, retain_graph=True)
     products = [parameter.detach() * grad for parameter, grad in zip(parameters, grads, strict=True)]
     transposed = isinstance(producer, Conv1D)
-    return sum((p if p.ndim == 1 else p.sum(0 if transposed else 1) for p in products), torch.zeros((), device=x.device))
+    return sum((p if p.ndim == 1 else p.sum(0 if transposed else 1) for p in products), x.new_zeros(()))
 
 
 def _try(

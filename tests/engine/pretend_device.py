@@ -1,7 +1,7 @@
 """A device that is not there: its tensors hold CPU tensors, and are kept apart from the CPU's as a GPU's are.
 
-The engine runs on it with real numbers, and whatever would fail on a GPU because two devices meet fails here. What it
-cannot show is how fast a GPU is, how its libraries round, and when its memory is full.
+The engine runs on it with real numbers, and what would fail on a GPU because two devices meet fails here. What it cannot
+show is how fast a GPU is, how its libraries round, and what happens when its memory is full.
 
 It goes by the name of torch's ``lazy`` device: no library claims that one, nothing is set up when it is named, and
 backward passes run on the thread that asks for them, as they do on the CPU.
@@ -10,7 +10,6 @@ backward passes run on the thread that asks for them, as they do on the CPU.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from typing import Any
 
 import torch
@@ -22,14 +21,15 @@ _DEVICE = torch.device(NAME)
 _CPU = torch.device("cpu")
 
 # Where a GPU takes tensors of the CPU, too: copies, and indices.
-_MIXING = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}
+_COPIES = {"copy_", "_to_copy"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # What takes time: work that was meant for the device and done on the CPU would be among these.
-PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "addmv", "mv", "dot", "addr_", "addcmul"}
-PRODUCTS |= {"linalg_cholesky_ex", "linalg_eigh", "_linalg_eigh", "linalg_qr", "linalg_solve_triangular"}
+_PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "addmv", "mv", "dot", "addr_", "linalg_cholesky_ex"}
+_PRODUCTS |= {"_linalg_eigh", "linalg_qr", "linalg_solve_triangular"}
 
 
 class PretendTensor(torch.Tensor):
-    """A tensor on the pretended device; its numbers are in ``numbers``, on the CPU."""
+    """A tensor on the device; its numbers are in ``numbers``, on the CPU."""
 
     numbers: torch.Tensor
 
@@ -49,140 +49,124 @@ class PretendTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Only reached when no :class:`PretendDevice` is in force, where there should be no such tensors."""
-        raise RuntimeError(f"{operation} of a pretended device that is gone")
+        """Only reached where no :class:`PretendDevice` is entered: then there is no such device."""
+        raise RuntimeError(f"{operation} on a device that is gone")
 
     def __getitem__(self, index: Any) -> Any:
-        """As of any tensor; torch would put the numbers of a list where no mode sees them."""
-        return super().__getitem__(_no_lists(index))
+        """As of any tensor; torch would make a tensor of a list where no mode sees it."""
+        return super().__getitem__(_without_lists(index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """As of any tensor."""
-        super().__setitem__(_no_lists(index), value)
+        super().__setitem__(_without_lists(index), value)
 
     def __repr__(self, **_: Any) -> str:
-        """Without its numbers, which would have to be fetched."""
+        """Without the numbers, which would have to be fetched."""
         return f"PretendTensor({list(self.shape)}, {self.dtype})"
 
     def tolist(self) -> Any:
-        """Its numbers, fetched."""
+        """The numbers, fetched."""
         return self.cpu().tolist()
 
     def data_ptr(self) -> int:
-        """An address: good for nothing but to tell tensors apart."""
+        """An address, by which tensors can be told apart."""
         return self.numbers.data_ptr()
 
     def untyped_storage(self) -> Any:
-        """Its memory."""
+        """The memory."""
         return PretendStorage(self.numbers.untyped_storage())
 
 
 class PretendStorage:
-    """Memory of the pretended device: what torch's storages of a GPU can do, as far as somebody asks for it."""
+    """Memory of the device: what torch's storages of a GPU can do, as far as somebody asks for it."""
 
     device = _DEVICE
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage
-
-    def data_ptr(self) -> int:
-        return self._storage.data_ptr()
-
-    def nbytes(self) -> int:
-        return self._storage.nbytes()
-
-    def resizable(self) -> bool:
-        return self._storage.resizable()
-
-    def resize_(self, size: int) -> None:
-        self._storage.resize_(size)
+        self.data_ptr = storage.data_ptr
+        self.nbytes = storage.nbytes
+        self.resizable = storage.resizable
+        self.resize_ = storage.resize_
 
     def cpu(self) -> torch.UntypedStorage:
+        """A copy on the CPU."""
         return torch.UntypedStorage(self.nbytes()).copy_(self._storage)
 
     def copy_(self, source: torch.UntypedStorage) -> None:
+        """Take in a copy of memory of the CPU."""
         assert source.device == _CPU
         self._storage.copy_(source)
 
 
 class PretendDevice(TorchDispatchMode):
-    """While it is entered, ``lazy:0`` is a device.
+    """While it is entered, there is such a device.
 
     Attributes:
-        cpu_work: by name, the largest operand (in elements) of each product that was computed on the CPU.
-        device_work: the same of the device.
-        to_cpu: bytes that went from the device to the CPU.
+        work: elements of the largest operand of a product on the device.
+        work_on_cpu: the same of the CPU.
+        peak: the most bytes that tensors on the device took.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.cpu_work: Counter[str] = Counter()
-        self.device_work: Counter[str] = Counter()
-        self.to_cpu = 0
-        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.work = self.work_on_cpu = self.peak = 0
         self._tensors: list[weakref.ref[PretendTensor]] = []
-        self.peak = 0
+        self._count = 0
 
     def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on the numbers of its arguments, on one of the two devices."""
+        """Run an operation on the numbers of its arguments, for one of the two devices."""
         kwargs = dict(kwargs or {})
         name = operation._schema.name.partition("::")[2]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        here = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
-        there = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor) and tensor.ndim]
-        there = [tensor for tensor in there if tensor.device == _CPU]
-        if here and there and name not in _MIXING:
-            raise RuntimeError(
-                f"{operation}: expected all tensors on one device, found {[tuple(t.shape) for t in here]} on {NAME} and "
-                f"{[tuple(t.shape) for t in there]} on the CPU"
-            )
-        if name.startswith("index") and name in _MIXING and there and isinstance(args[0], PretendTensor):
-            assert all(t.dtype in (torch.int64, torch.bool, torch.uint8, torch.int32) for t in there), operation
+        own = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
+        if own:
+            _check_apart(name, args, [tensor for tensor in tensors if tensor.device == _CPU and tensor.ndim])
         wanted = kwargs.get("device")
-        on_device = bool(here) if wanted is None else wanted.type == _DEVICE.type
-        if wanted is not None and on_device:
+        here = bool(own) if wanted is None else wanted.type == _DEVICE.type
+        if here and wanted is not None:
             kwargs["device"] = _CPU
-            assert kwargs.get("generator") is None
-        if name in PRODUCTS:
-            work = self.device_work if here else self.cpu_work
-            work[name] = max([work[name], *(tensor.numel() for tensor in tensors)])
-        if name == "_to_copy" and here and not on_device:
-            self.to_cpu += here[0].nbytes
+        if name in _PRODUCTS:
+            size = max(tensor.numel() for tensor in tensors)
+            self.work, self.work_on_cpu = max(self.work, here * size), max(self.work_on_cpu, (not here) * size)
         plain_args, plain_kwargs = tree_map(_numbers, (args, kwargs))
         out = operation(*plain_args, **plain_kwargs)
-        if not (here or on_device):
-            return out
-        written = {id(_numbers(tensor)): tensor for tensor in here}  # what an operation writes to it also returns
-        return tree_map(lambda leaf: self._wrapped(leaf, written, on_device), out)
+        written = {id(_numbers(tensor)): tensor for tensor in own}  # what an operation writes to it also returns
+        return tree_map(lambda leaf: written[id(leaf)] if id(leaf) in written else self._made(leaf, here), out)
 
-    def _wrapped(self, leaf: Any, written: dict[int, Any], on_device: bool) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) in written:
-            return written[id(leaf)]
-        if not on_device:
+    def _made(self, leaf: Any, here: bool) -> Any:
+        if not here or not isinstance(leaf, torch.Tensor):
             return leaf
         made = PretendTensor(leaf)
         self._tensors.append(weakref.ref(made))
+        self._count += 1
+        if self._count % 256 == 0:
+            self.peak = max(self.peak, self.held())
         return made
 
-    def alive(self) -> list[PretendTensor]:
-        """The tensors that are on the device."""
-        found = [reference() for reference in self._tensors]
-        self._tensors = [reference for reference, tensor in zip(self._tensors, found, strict=True) if tensor is not None]
-        return [tensor for tensor in found if tensor is not None]
-
-    def bytes(self) -> int:
-        """Of memory that tensors on the device take."""
-        storages = [tensor.untyped_storage() for tensor in self.alive()]
+    def held(self) -> int:
+        """Bytes that tensors on the device take now."""
+        tensors = [tensor for reference in self._tensors if (tensor := reference()) is not None]
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _check_apart(name: str, args: Any, strangers: list[torch.Tensor]) -> None:
+    """Raise where the device meets tensors of the CPU, but for what a GPU takes."""
+    indexed = name in _INDEXING and isinstance(args[0], PretendTensor)
+    if indexed and len(args) > 2 and isinstance(args[2], torch.Tensor):  # what is put there
+        indexed = isinstance(args[2], PretendTensor) or not args[2].ndim
+    if strangers and not indexed and name not in _COPIES:
+        shapes = [tuple(tensor.shape) for tensor in strangers]
+        raise RuntimeError(f"{name}: expected all tensors to be on {NAME}, and {shapes} are on the CPU")
 
 
 def _numbers(leaf: Any) -> Any:
     return leaf.numbers if isinstance(leaf, PretendTensor) else leaf
 
 
-def _no_lists(index: Any) -> Any:
+def _without_lists(index: Any) -> Any:
     if isinstance(index, tuple):
-        return tuple(map(_no_lists, index))
+        return tuple(map(_without_lists, index))
     return torch.tensor(index, dtype=torch.int64) if isinstance(index, list) else index

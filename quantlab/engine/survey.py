@@ -125,8 +125,7 @@ class Survey:
         remaining = {place for place in places if place != OUTSIDE}
         waiting = {layer.name: layer for layer in self._chosen(OUTSIDE)}
         self._load(OUTSIDE)
-        batches = [batch.to(self.source.device) for batch in self.batches]
-        with Calibration(self.model, None, self.architecture, batches, list(waiting)) as calibration:
+        with Calibration(self.model, None, self.architecture, self.batches, list(waiting)) as calibration:
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
                 if at in waiting:
                     layers = [waiting.pop(at)]

@@ -159,7 +159,9 @@ class TestStates:
 class TestEstimate:
     def test_what_lies_where(self, original, tokens, tmp_path):
         def dry(**kwargs):
-            return quantlab.dry_run(original("llama"), {"quantizer": "gptq", "granularity": 16}, tmp_path / "out", **kwargs)
+            return quantlab.dry_run(
+                original("llama"), {"quantizer": "gptq", "granularity": 16}, tmp_path / "out", **kwargs
+            )
 
         here = dry(calibration=tokens)
         with PretendDevice() as device:

@@ -61,9 +61,9 @@ def computing() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise QuantlabError(
-            f"the device has no memory left ({' '.join(str(error).split())[:200]}); what was done is kept, and the same "
-            "command goes on with it: end what else is on the device, or start anew with fewer or shorter calibration "
-            "sequences, with a recipe that needs less (w4-gptq-fast), or with --device cpu"
+            f"the device has no memory left ({' '.join(str(error).split())[:200]}); what was done is kept, and the "
+            "same command goes on with it: end what else is on the device, or start anew with fewer or shorter "
+            "calibration sequences, with a recipe that needs less (w4-gptq-fast), or with --device cpu"
         ) from error
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,7 +1,7 @@
 """A device that is not there: its tensors hold CPU tensors, and are kept apart from the CPU's as a GPU's are.
 
-The engine runs on it with real numbers, and what would fail on a GPU because two devices meet fails here. What it cannot
-show is how fast a GPU is, how its libraries round, and what happens when its memory is full.
+The engine runs on it with real numbers, and what would fail on a GPU because two devices meet fails here. What it
+cannot show is how fast a GPU is, how its libraries round, and what happens when its memory is full.
 
 It goes by the name of torch's ``lazy`` device: no library claims that one, nothing is set up when it is named, and
 backward passes run on the thread that asks for them, as they do on the CPU.

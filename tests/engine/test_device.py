@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
+from engine_recipes import W4_GPTQ
 from pretend_device import NAME, PretendDevice
-from safetensors.torch import load_file
 from test_resume import at, files, killed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantlab
 from quantlab.engine import device as devices
-from quantlab.engine import estimate, preflight, spill
+from quantlab.engine import preflight, spill
 from quantlab.engine.device import choose_device, computing
+from quantlab.engine.distributed import Ranks
 from quantlab.engine.estimate import Memory
 from quantlab.engine.journal import LOG
+from quantlab.engine.solve import plan_layer, solve
 from quantlab.errors import PreflightError, QuantlabError
+from quantlab.recipe import load_recipe
 
 ASYM = {"options": {"asym": 1.0}}
 CASES = [
@@ -158,14 +162,10 @@ class TestStates:
 
 class TestEstimate:
     def test_what_lies_where(self, original, tokens, tmp_path):
-        def dry(**kwargs):
-            return quantlab.dry_run(
-                original("llama"), {"quantizer": "gptq", "granularity": 16}, tmp_path / "out", **kwargs
-            )
-
-        here = dry(calibration=tokens)
+        arguments = original("llama"), W4_GPTQ, tmp_path / "out"
+        here = quantlab.dry_run(*arguments, calibration=tokens)
         with PretendDevice() as device:
-            there = dry(calibration=tokens, device=NAME)
+            there = quantlab.dry_run(*arguments, calibration=tokens, device=NAME)
             assert device.work_on_cpu == device.held() == 0
         assert (here.on_device, here.device) == (None, "cpu")
         assert there.on_device is not None
@@ -188,7 +188,7 @@ class TestEstimate:
 
     def test_too_small_a_device(self, original, run, monkeypatch, tmp_path):
         monkeypatch.setattr(preflight, "free_bytes", lambda _: 10_000)
-        with PretendDevice(), pytest.raises(PreflightError, match="0.00 GB are free there"):
+        with PretendDevice(), pytest.raises(PreflightError, match="GB are free there"):
             run(original("llama"), device=NAME)
         assert not list(tmp_path.iterdir())
 
@@ -216,6 +216,38 @@ class TestChoice:
         assert choose_device("cpu", 4) == torch.device("cpu")
         with pytest.raises(PreflightError, match="4 processes can share a run on cpu or cuda"):
             choose_device("xpu", 4)
+
+
+class Posted(Ranks):
+    """One of several processes, which hears of itself alone, as it hears of others: by what can be sent."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+
+    def rows(self, count):
+        return slice(0, count)
+
+    def gather(self, value):
+        return [pickle.loads(pickle.dumps(value))]
+
+    def agreed(self, work, owner=0):
+        return pickle.loads(pickle.dumps(work()))
+
+
+@pytest.mark.parametrize("compensation", ["none", "lorc"])
+def test_solutions_go_between_processes_over_the_cpu(compensation):
+    """Tensors of the double cannot be sent; those of a GPU would arrive on the sender's."""
+    recipe = {"format": "int4", "granularity": 16, "quantizer": "rtn", "scale_search": "mse"}
+    scheme = load_recipe({**recipe, "compensation": compensation}).default
+    layers, weight = [plan_layer("a", "", (32, 64), scheme)], torch.randn(32, 64)
+    (expected,) = solve(layers, {"a": weight}, None)
+    with PretendDevice():
+        (answer,) = solve(layers, {"a": weight.to(NAME)}, None, ranks=Posted())
+        with pytest.raises(Exception, match=r".*"):
+            pickle.dumps(answer.qtensor)
+        assert answer.qtensor.codes.device == torch.device(NAME)
+        assert torch.equal(answer.qtensor.to("cpu").dequantize(), expected.qtensor.dequantize())
+        assert answer.report.record() == expected.report.record()
 
 
 def test_products_are_exact_and_then_what_they_were():

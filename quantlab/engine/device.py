@@ -38,8 +38,8 @@ def choose_device(name: str | torch.device, processes: int = 1) -> torch.device:
     except Exception as error:  # each kind of device has its own
         reason = " ".join(str(error).split())[:200]
         raise PreflightError(
-            f"device {str(name)!r} cannot be used here ({reason}); use cpu, auto, or one that this torch has and that "
-            "computes in float64, such as cuda or cuda:1"
+            f"device {str(name)!r} cannot be used here ({reason}); use cpu or auto, or install a torch that has it; it "
+            "must compute in float64"
         ) from error
     if processes > 1 and device.type not in _SHARED:
         raise PreflightError(

@@ -140,7 +140,7 @@ class PretendDevice(TorchDispatchMode):
         made = PretendTensor(leaf)
         self._tensors.append(weakref.ref(made))
         self._count += 1
-        if self._count % 256 == 0:
+        if self._count % 64 == 0:
             self.peak = max(self.peak, self.held())
         return made
 

@@ -10,8 +10,8 @@ import torch
 
 from quantlab.errors import PreflightError, QuantlabError
 
-# Whose tensors several processes can add up: see :class:`quantlab.engine.distributed.Ranks`.
-_SHARED = ("cpu", "cuda")
+# Beside the CPU, whose tensors several processes can add up: see :class:`quantlab.engine.distributed.Ranks`.
+_SHARED = "cuda"
 # Of the free memory: the rest is for what libraries take, and for gaps.
 _USABLE = 0.9
 
@@ -32,7 +32,9 @@ def choose_device(name: str | torch.device, processes: int = 1) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if processes > 1 and device.type != "cpu" and device.index is None:
+        if device.type == "cpu":
+            return torch.device("cpu")
+        if processes > 1 and device.index is None:
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.ones((), dtype=torch.float64, device=device).item()  # sums that must not depend on their order
     except Exception as error:  # each kind of device has its own
@@ -41,9 +43,9 @@ def choose_device(name: str | torch.device, processes: int = 1) -> torch.device:
             f"device {str(name)!r} cannot be used here ({reason}); use cpu or auto, or install a torch that has it; it "
             "must compute in float64"
         ) from error
-    if processes > 1 and device.type not in _SHARED:
+    if processes > 1 and device.type != _SHARED:
         raise PreflightError(
-            f"device {str(name)!r}: {processes} processes can share a run on {' or '.join(_SHARED)}; start one process"
+            f"device {str(name)!r}: {processes} processes can share a run on cpu or {_SHARED}; start one process"
         )
     return device
 

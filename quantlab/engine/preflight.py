@@ -121,8 +121,8 @@ def check_resources(
     model: nn.Module,
     tokens: int,
     out: Path,
-    budget: int | None = None,
-    device: torch.device = torch.device("cpu"),  # noqa: B008 - it never changes
+    budget: int | None,
+    device: torch.device,
 ) -> Needs:
     """Refuse a run that memory, the device or the disk cannot hold; otherwise, what it will hold.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 
@@ -10,11 +11,13 @@ import torch
 from architectures import tiny_model
 from engine_recipes import W4_GPTQ
 from pretend_device import NAME, PretendDevice
+from rich.console import Console
 from test_resume import at, files, killed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
 import quantlab
+from quantlab.cli import show
 from quantlab.engine import device as devices
 from quantlab.engine import preflight, spill
 from quantlab.engine.device import choose_device, computing
@@ -189,6 +192,9 @@ class TestEstimate:
         assert (there.memory.states, there.memory.solving) == (here.memory.states, 0)
         assert there.seconds > 0
         assert there.to_dict()["on_device"]["total"] == there.on_device.own
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(*show.estimated(there, "llama", "w4"))
+        assert f"on {NAME}" in console.export_text()
 
     def test_batches_stay_on_the_device_where_they_have_room(self):
         needed = Memory(libraries=500, weights=400, states=1000, statistics=200, solving=100)

@@ -73,4 +73,7 @@ def computing() -> Iterator[None]:
 
 def free_bytes(device: torch.device) -> int | None:
     """Memory of a device that a run may plan with; None where torch does not say how much there is."""
-    return int(_USABLE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next tensors
+    return int(_USABLE * (torch.cuda.mem_get_info(device)[0] + kept))

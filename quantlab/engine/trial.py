@@ -30,7 +30,7 @@ class Trial:
         readers: modules whose input is recorded, by name: linear layers, whatever else has a matrix (routers), and
             mixtures as a whole, which stand for the first layers of all their experts. What an expert's second layer
             is given is recorded under the first expert's name, expert after expert.
-        device: where it is: that of the call's first argument.
+        device: where it is: that of the call's first tensor.
         order: the modules in the order in which they are called, by name.
     """
 
@@ -44,7 +44,8 @@ class Trial:
     def of(cls, block: nn.Module, call: Call) -> Trial:
         """Copy a block, on any device, and a call of it."""
         generator = torch.Generator().manual_seed(0)
-        device = next(iter((*call.args, *call.kwargs.values()))).device
+        leaves = tree_leaves((call.args, call.kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
         trial = _with_random_weights(block, generator, device)
         args, kwargs = tree_map(lambda leaf: _float(leaf), (call.args, call.kwargs))
         if args:

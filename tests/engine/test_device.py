@@ -207,6 +207,12 @@ class TestEstimate:
         with pytest.raises(PreflightError, match="on the device"):
             needed.parted(699)
 
+    def test_memory_that_torch_keeps_is_free(self, monkeypatch):
+        for name, answer in (("mem_get_info", (300, 1000)), ("memory_reserved", 500), ("memory_allocated", 200)):
+            monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer)
+        assert devices.free_bytes(torch.device("cuda")) == 540
+        assert devices.free_bytes(torch.device("xpu")) is None
+
     def test_too_small_a_device(self, original, run, monkeypatch, tmp_path):
         monkeypatch.setattr(preflight, "free_bytes", lambda _: 10_000)
         with PretendDevice(), pytest.raises(PreflightError, match="GB are free there"):

@@ -64,7 +64,7 @@ def computing() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise QuantlabError(
             f"the device has no memory left ({' '.join(str(error).split())[:200]}); what was done is kept, and the "
-            "same command goes on with it: end what else is on the device, or start anew with fewer or shorter "
+            "same command goes on with it: end what else is on the device, or start anew with shorter "
             "calibration sequences, with a recipe that needs less (w4-gptq-fast), or with --device cpu"
         ) from error
     finally:

@@ -83,7 +83,8 @@ class Memory:
                 f"{(self.statistics + self.solving) / 1e9:.2f} to solve its largest layers) and {room / 1e9:.2f} GB "
                 "are free there; choose a recipe that needs less, or --device cpu"
             )
-        states = 0 if room is None else min(self.states, room - needed)
+        # What a forward makes on its way is in no estimate: it gets the other half of what is left.
+        states = 0 if room is None else min(self.states, (room - needed) // 2)
         device = replace(self, libraries=0, states=states, movable=0)
         left = Memory(self.libraries, self.weights, self.states - states, statistics=0, solving=0)
         return Needs(left, device)  # a block passes through memory on its way

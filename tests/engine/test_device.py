@@ -151,7 +151,7 @@ class TestStates:
         parted = Memory.parted
 
         def give(size):
-            monkeypatch.setattr(Memory, "parted", lambda self, _: parted(self, self.own - self.states + size))
+            monkeypatch.setattr(Memory, "parted", lambda self, _: parted(self, self.own - self.states + 2 * size))
 
         return give
 
@@ -198,7 +198,7 @@ class TestEstimate:
 
     def test_batches_stay_on_the_device_where_they_have_room(self):
         needed = Memory(libraries=500, weights=400, states=1000, statistics=200, solving=100)
-        for room, states in ((700, 0), (1000, 300), (5000, 1000)):
+        for room, states in ((700, 0), (1000, 150), (5000, 1000)):
             needs = needed.parted(room)
             assert needs.device is not None
             assert needs.device.total == 700 + states

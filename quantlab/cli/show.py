@@ -13,7 +13,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from quantlab.comparison import LayerComparison
-    from quantlab.engine.estimate import Estimate, Memory
+    from quantlab.engine.estimate import Estimate
+    from quantlab.engine.needs import Memory
     from quantlab.engine.quantize import Result
     from quantlab.engine.report import LayerReport
     from quantlab.inspection import InspectedLayer, Inspection

@@ -15,7 +15,8 @@ from torch import nn
 
 from quantlab.engine.architecture import Architecture, features
 from quantlab.engine.device import free_bytes
-from quantlab.engine.estimate import Needs, memory_needs, result_size
+from quantlab.engine.estimate import memory_needs, result_size
+from quantlab.engine.needs import Needs
 from quantlab.engine.solve import PlannedLayer, plan_layer
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.recipe import Recipe, matches

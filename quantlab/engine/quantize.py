@@ -28,10 +28,11 @@ from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.device import choose_device, computing
 from quantlab.engine.distributed import SharedJournal, joined
-from quantlab.engine.estimate import Estimate, Needs, estimate, parse_bytes
+from quantlab.engine.estimate import Estimate, estimate, parse_bytes
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import Run
+from quantlab.engine.needs import Needs
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import PlannedLayer

@@ -22,8 +22,8 @@ from quantlab.engine import device as devices
 from quantlab.engine import preflight, spill
 from quantlab.engine.device import choose_device, computing
 from quantlab.engine.distributed import Ranks
-from quantlab.engine.estimate import Memory
 from quantlab.engine.journal import LOG
+from quantlab.engine.needs import Memory
 from quantlab.engine.solve import plan_layer, solve
 from quantlab.errors import PreflightError, QuantlabError
 from quantlab.recipe import load_recipe

@@ -108,6 +108,13 @@ class Solution:
         """What the method approximated: ``target``, or the layer's ``weight`` itself."""
         return weight if self.target is None else self.target
 
+    def to(self, device: torch.device | str) -> Solution:
+        """The same on a device."""
+        loss, target, bias = (
+            None if tensor is None else tensor.to(device) for tensor in (self.loss, self.target, self.bias)
+        )
+        return Solution(self.qtensor.to(device), loss, self.notes, target, bias)
+
 
 _ATTRIBUTES = {
     Statistic.SECOND_MOMENT: "second_moment",

@@ -50,11 +50,13 @@ class ModelSource(ABC):
         folder: with tokenizer and other assets, or None.
         config: the model's.
         dtype: of its weights.
+        device: where what is loaded from it is.
     """
 
     folder: Path | None
     config: PretrainedConfig
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def skeleton(self) -> PreTrainedModel:

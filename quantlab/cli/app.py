@@ -86,6 +86,9 @@ def quantize(
         str | None,
         typer.Option(metavar="SIZE", help="Memory to stay within, like 2GB: what does not fit waits on the disk."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where blocks are computed, one at a time: cpu, cuda, cuda:1, or auto: a GPU if any.")
+    ] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done and what it takes, and stop.")
     ] = False,
@@ -109,7 +112,14 @@ def quantize(
             from quantlab.engine.quantize import dry_run as run_dry
 
             found = run_dry(
-                model, recipe, out, overrides=overrides, overwrite=overwrite, requantize=requantize, memory=memory
+                model,
+                recipe,
+                out,
+                overrides=overrides,
+                overwrite=overwrite,
+                requantize=requantize,
+                memory=memory,
+                device=device,
             )
             output.answer({"model": model, "folder": out, **found.to_dict()}, *show.estimated(found, model, recipe))
             return
@@ -128,6 +138,7 @@ def quantize(
                 overwrite=overwrite,
                 requantize=requantize,
                 memory=memory,
+                device=device,
             )
         if follows:
             return

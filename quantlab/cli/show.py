@@ -14,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from quantlab.comparison import LayerComparison
     from quantlab.engine.estimate import Estimate
+    from quantlab.engine.needs import Memory
     from quantlab.engine.quantize import Result
     from quantlab.engine.report import LayerReport
     from quantlab.inspection import InspectedLayer, Inspection
@@ -107,12 +108,24 @@ def quantized(result: Result, *, model: str, peak_memory: int) -> Iterator[Rende
 
 def estimated(estimate: Estimate, model: str, recipe: str) -> Iterator[RenderableType]:
     """A dry run: what would be done, and what it would take."""
-    memory, table = estimate.memory, pairs()
+    table = pairs()
     for label, (scheme, count) in zip(repeated("layers"), estimate.layers.items(), strict=False):
         table.add_row(label, f"{count} in {scheme}")
     table.add_row("bits a weight", f"{estimate.bits:.2f} in these layers, about; {estimate.blocks} blocks")
     for line in describe_calibration(estimate.calibration):
         table.add_row("calibration", line)
+    for label, memory in (("memory", estimate.memory), (f"on {estimate.device}", estimate.on_device)):
+        if memory is not None:
+            table.add_row(label, f"about {size(memory.total)} at the peak: {_shares(memory)}")
+    spilled = f", and {size(estimate.spilled)} of batches and statistics while it runs" if estimate.spilled else ""
+    table.add_row("disk", f"about {size(estimate.disk)}{spilled}")
+    table.add_row("time", f"about {clock(estimate.seconds)}, from timing {estimate.timed}")
+    yield Text(f"{model} by {recipe}: nothing was done yet", style="bold")
+    yield table
+
+
+def _shares(memory: Memory) -> str:
+    """What memory is for, in words."""
     parts = {
         "libraries": memory.libraries,
         "a block": memory.weights,
@@ -120,13 +133,7 @@ def estimated(estimate: Estimate, model: str, recipe: str) -> Iterator[Renderabl
         "statistics": memory.statistics,
         "solving": memory.solving,
     }
-    shares = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
-    table.add_row("memory", f"about {size(memory.total)} at the peak: {shares}")
-    spilled = f", and {size(estimate.spilled)} of batches and statistics while it runs" if estimate.spilled else ""
-    table.add_row("disk", f"about {size(estimate.disk)}{spilled}")
-    table.add_row("time", f"about {clock(estimate.seconds)}, from timing {estimate.timed}")
-    yield Text(f"{model} by {recipe}: nothing was done yet", style="bold")
-    yield table
+    return ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
 
 
 def inspected(

@@ -104,6 +104,8 @@ class Rescaling:
         if kind not in self._pairs:
             try:
                 self._pairs[kind] = () if call is None else find_pairs(block, call)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever the model's code raises
                 self._pairs[kind] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return self._pairs[kind]

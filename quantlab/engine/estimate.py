@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -17,6 +17,7 @@ from torch import nn
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import OUTSIDE, Architecture, get_weight
 from quantlab.engine.footprint import planned_storage, stored_bytes
+from quantlab.engine.needs import Memory, Needs
 from quantlab.engine.solve import PlannedLayer, solve
 from quantlab.engine.statistics import InputAccumulator
 from quantlab.errors import PreflightError
@@ -34,62 +35,6 @@ _TIMED_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a run holds at its peak, about.
-
-    Attributes:
-        libraries: what this process holds already.
-        weights: one block, and its twin where one runs beside it, or what is outside the blocks if that is more.
-        states: of the suspended calibration batches.
-        statistics: of the input of layers that are solved together, and the factor of the second moment.
-        solving: their weight in float32, and what the method makes of it.
-        movable: bytes of the statistics that can wait on the disk, one matrix of them being in use at a time.
-        waiting: bytes of statistics that do; they are counted nowhere else.
-    """
-
-    libraries: int
-    weights: int
-    states: int
-    statistics: int
-    solving: int
-    movable: int = 0
-    waiting: int = 0
-
-    @property
-    def own(self) -> int:
-        """All but the libraries."""
-        return self.weights + self.states + self.statistics + self.solving
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return self.libraries + self.own
-
-    @property
-    def without_states(self) -> int:
-        """All but the batches, which the disk can take over."""
-        return self.total - self.states
-
-    def within(self, budget: int) -> Memory:
-        """The same with states on disk, as many as it takes, and with statistics if that does not suffice.
-
-        Raises:
-            PreflightError: what is left is more than the budget.
-        """
-        waiting = self.movable if self.without_states > budget else 0
-        needed, statistics = self.without_states - waiting, self.statistics - waiting
-        if needed > budget:
-            raise PreflightError(
-                f"memory {budget / 1e9:.2f} GB: this run needs about {needed / 1e9:.2f} GB with its batches and "
-                f"statistics on disk ({self.libraries / 1e9:.2f} for the libraries, {self.weights / 1e9:.2f} for a "
-                f"block, {(statistics + self.solving) / 1e9:.2f} to solve its largest layers); give it that much, or "
-                "choose a recipe that needs less"
-            )
-        states = min(self.states, budget - needed)
-        return replace(self, states=states, statistics=statistics, movable=self.movable - waiting, waiting=waiting)
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a run would do and take.
 
@@ -97,27 +42,32 @@ class Estimate:
         layers: how many layers get which scheme, by the scheme in words.
         blocks: of the model.
         memory: at the peak.
+        on_device: memory of the device that blocks are computed on, at the peak; None if that is the CPU.
         disk: bytes of the result.
         spilled: bytes of batches and statistics on disk while it runs.
         seconds: about, from timing one layer on this machine.
         timed: which layer that was.
         calibration: how the calibration data came about; empty if none is needed.
         bits: bits a weight over the layers that are quantized, about.
+        device: what torch calls it.
     """
 
     layers: dict[str, int]
     blocks: int
     memory: Memory
+    on_device: Memory | None
     disk: int
     spilled: int
     seconds: float
     timed: str
     calibration: dict[str, Any]
     bits: float
+    device: str
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON mapping."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        parts = {"memory": self.memory, "on_device": self.on_device}
+        return asdict(self) | {name: m and {**asdict(m), "total": m.total} for name, m in parts.items()}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -199,18 +149,18 @@ def estimate(
     model: nn.Module,
     architecture: Architecture,
     tokens: int,
-    memory: Memory,
+    needs: Needs,
     calibration: dict[str, Any],
 ) -> Estimate:
     """What the run would take; loads and solves one layer to know.
 
     Args:
         plan: what would be done.
-        source: where weights come from.
+        source: where weights come from, and on which device they are.
         model: its skeleton, which is left empty.
         architecture: its parts.
         tokens: of the calibration data.
-        memory: what it would hold, within its budget if it has one.
+        needs: what it would hold, within its budget if it has one.
         calibration: how the data came about.
     """
     full = memory_needs(plan, architecture, model, tokens)
@@ -220,13 +170,15 @@ def estimate(
     return Estimate(
         layers=dict(Counter(_in_words(layer) for layer in plan.values())),
         blocks=len(architecture.blocks),
-        memory=memory,
+        memory=needs.memory,
+        on_device=needs.device,
         disk=result_size(plan, model),
-        spilled=max(0, full.states - memory.states) + memory.waiting,
+        spilled=max(0, full.states - needs.states) + needs.memory.waiting,
         seconds=seconds,
         timed=timed,
         calibration=calibration,
         bits=8 * stored / weights,
+        device=str(source.device),
     )
 
 
@@ -267,14 +219,16 @@ def _seconds(plan: Plan, source: ModelSource, model: nn.Module, tokens: int) -> 
     statistics = None
     if tokens:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_TIMED_TOKENS, layer.shape[1], generator=generator).to(weight.dtype)
-        accumulator = InputAccumulator(layer.needs, layer.shape[1])
+        x = torch.randn(_TIMED_TOKENS, layer.shape[1], generator=generator).to(weight)
+        accumulator = InputAccumulator(layer.needs, layer.shape[1], weight.device)
         accumulator.add(x)  # once to warm up
+        _wait(x)
         started = time.perf_counter()
         accumulator.add(x)
+        _wait(x)
         observing = (time.perf_counter() - started) / _TIMED_TOKENS
         started = time.perf_counter()
-        x @ weight.T
+        _wait(x @ weight.T)
         running = (time.perf_counter() - started) / _TIMED_TOKENS
         if Statistic.SHIFT in layer.needs:
             accumulator.compare(x, x + 0.01 * x.roll(1), held_out=False)
@@ -296,6 +250,11 @@ def _seconds(plan: Plan, source: ModelSource, model: nn.Module, tokens: int) -> 
         plan.values(), lambda other: math.prod(other.shape) * (other.shape[1] if _has_moment(other) else 1)
     )
     return total, layer.name
+
+
+def _wait(x: torch.Tensor) -> None:
+    """Until a device has done what it was asked for: it hands out a number when all before is done."""
+    x[0, 0].item()
 
 
 def _has_moment(layer: PlannedLayer) -> bool:

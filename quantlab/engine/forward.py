@@ -71,7 +71,7 @@ class Forward(greenlet):
         try:
             with self.watched_by:
                 self.switch()
-        except (QuantlabError, MemoryError):
+        except (QuantlabError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's code raises
             reason = " ".join(str(error).split())

@@ -47,7 +47,7 @@ def rotate(
         _check_reached(model, architecture, before)
         stream = find_stream(model, architecture, before)
         r1 = rotation(stream.width, hadamard.seed, keep_ones=any(norm.centred for norm in stream.norms))
-        _turn_probe(model, _stream_turns(stream, r1, _gains(stream, dict(model.named_parameters()))))
+        _turn_probe(model, _stream_turns(stream, r1, _gains(stream, dict(model.named_parameters()), source.device)))
         _check_rotated(architecture, stream, r1, before, trace(model, architecture, batch))
         turns = _stream_turns(stream, r1, _checked_gains(source, original, stream))
     if hadamard.value_heads:
@@ -92,10 +92,12 @@ def _head_turns(heads: Iterable[ValueHeads], seed: int) -> dict[str, Turn]:
     return turns
 
 
-def _gains(stream: ResidualStream, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _gains(
+    stream: ResidualStream, parameters: Mapping[str, torch.Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
     """The gains of each norm, float64; one tensor for norms that share a weight."""
     gains: dict[str, torch.Tensor] = {}
-    ones = torch.ones(stream.width, dtype=torch.float64)
+    ones = torch.ones(stream.width, dtype=torch.float64, device=device)
     of_weight: dict[int, torch.Tensor] = {}
     for norm in stream.norms:
         weight = parameters.get(f"{norm.name}.weight")
@@ -115,7 +117,7 @@ def _checked_gains(source: ModelSource, original: nn.Module, stream: ResidualStr
     parameters = {name for name, _ in original.named_parameters()}
     names = [f"{norm.name}.{leaf}" for norm in stream.norms for leaf in ("weight", "bias")]
     tensors = read_tensors(source, original, [name for name in names if name in parameters])
-    gains = _gains(stream, tensors)
+    gains = _gains(stream, tensors, source.device)
     for norm in stream.norms:
         bias = tensors.get(f"{norm.name}.bias")
         if bias is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -53,6 +53,7 @@ class Run:
         progress: told of each block and layer.
         rescaling: what is done to blocks before they are quantized, if anything.
         states: bytes of suspended batches that may be in memory, the others go to the disk; None: all stay.
+        states_on_device: the same of the device that the source loads to, the others go to memory.
         statistics_wait: statistics wait on the disk while they are not in use.
         ranks: the processes that share the run.
     """
@@ -66,6 +67,7 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     rescaling: Rescaling | None = None
     states: int | None = None
+    states_on_device: int | None = None
     statistics_wait: bool = False
     ranks: Ranks = ALONE
     _in_use: set[str] = field(default_factory=set, init=False)  # layers whose weights are the quantized ones
@@ -97,13 +99,14 @@ class Run:
         remaining = set(self.architecture.blocks)
         waiting = {name: self.plan[name] for name in self.architecture.outside if name in self.plan}
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
-        sample = None if self.rescaling is None else self.rescaling.sample
-        spill = Spill(self.journal.folder, self.states)
+        batches = [batch.to(self.source.device) for batch in self.batches]
+        sample = None if self.rescaling is None else self.rescaling.sample.to(self.source.device)
+        spill = Spill(self.journal.folder, self.states, self.states_on_device)
         disk = partial(DiskMatrix, self.journal.folder) if self.statistics_wait else None
         with (
             self._embeddings_on_demand(models, lookups),
             Calibration(
-                self.model, original, self.architecture, self.batches, list(waiting), sample, spill, self.ranks, disk
+                self.model, original, self.architecture, batches, list(waiting), sample, spill, self.ranks, disk
             ) as calibration,
             self._inputs_rounded(),
         ):
@@ -181,7 +184,7 @@ class Run:
                     module.weight = nn.Parameter(module.get_parameter("weight").to("meta"), requires_grad=False)
                 if answer.bias is not None:
                     add_to_bias(module, answer.bias)
-                answers.append(answer)
+                answers.append(replace(answer, qtensor=answer.qtensor.to("cpu")))  # the device is for one block
                 self.progress.layer(answer.report)
             return_freed_memory()
         return answers
@@ -214,7 +217,7 @@ class Run:
             owner = name.removesuffix(".weight")
             tied = (tensor.data_ptr(), tensor.shape) in stored
             if self._belongs(name, block) and owner not in quantized and not tied:
-                tensors[name] = tensor
+                tensors[name] = tensor.cpu()
                 stored.add((tensor.data_ptr(), tensor.shape))
         for name, qtensor in quantized.items():
             tensors |= layer_tensors(name, qtensor)
@@ -225,10 +228,10 @@ class Run:
         quantized, rest = self.journal.read(block)
         for name, qtensor in quantized.items():
             module = self.model.get_submodule(name)
-            set_weight(module, qtensor.dequantize(get_weight(module).dtype))
+            set_weight(module, qtensor.to(self.source.device).dequantize(get_weight(module).dtype))
             self._in_use.add(name)
         for name, tensor in rest.items():
-            replace_tensor(self.model, name, tensor)
+            replace_tensor(self.model, name, tensor.to(self.source.device))
 
     def _planned(self, block: str) -> list[PlannedLayer]:
         outside = (*self.architecture.embeddings, *self.architecture.outside)
@@ -294,7 +297,8 @@ class Run:
                 if module.get_parameter("weight").is_meta:
                     self.source.load(model, lambda name: name == weight)
                     if model is self.model and self._embeddings[weight] in quantized:
-                        set_weight(module, quantized[self._embeddings[weight]].dequantize(get_weight(module).dtype))
+                        codes = quantized[self._embeddings[weight]].to(self.source.device)
+                        set_weight(module, codes.dequantize(get_weight(module).dtype))
 
             return before
 

@@ -34,7 +34,7 @@ class Calibration:
         model: the model whose layers are being quantized; its weights are loaded and replaced by the caller.
         original: a twin that keeps its original weights, or None if no method asks for the shift between the two.
         architecture: the parts of both.
-        batches: token ids, each int64 ``[sequences, length]``.
+        batches: token ids, each int64 ``[sequences, length]``, on the device where the models compute.
         outside: layers outside the blocks that will be observed after the last block.
         sample: token ids that go ahead of the batches, see :meth:`look_ahead`; None if nobody will.
         spill: where the states of batches go that memory has no room for; None: they stay.
@@ -56,7 +56,8 @@ class Calibration:
         ranks: Ranks = ALONE,
         disk: OnDisk | None = None,
     ) -> None:
-        self._disk = disk
+        self._device = batches[0].device
+        self._disk = disk if self._device.type == "cpu" else None  # what is elsewhere takes no memory of the process
         self.models = [model] if original is None else [model, original]
         self._architecture = architecture
         self._blocks = set(architecture.blocks)
@@ -142,7 +143,7 @@ class Calibration:
                 divided by before the two are compared.
         """
         self._divisors = divisors or {}
-        groups = [_Group([layer], self._disk) for layer in layers]
+        groups = [_Group([layer], self._device, self._disk) for layer in layers]
         if self.standing_before() in self._blocks:
             groups = self._group(layers)
         self._open = {layer.name: group for group in groups for layer in group.layers}
@@ -185,7 +186,7 @@ class Calibration:
             # Experts see tokens of their own, even where a few tokens of a scout cannot show it.
             shared = layer.name in group_of and layer.name not in self._architecture.routed
             key = group_of[layer.name][0] if shared else layer.name
-            groups.setdefault(key, _Group([], self._disk)).layers.append(layer)
+            groups.setdefault(key, _Group([], self._device, self._disk)).layers.append(layer)
         return list(groups.values())
 
     def _scout_ahead(self) -> None:
@@ -259,7 +260,8 @@ class _Group:
     """Layers that share an input, and what is known of it so far."""
 
     layers: list[PlannedLayer]
-    disk: OnDisk | None = None
+    device: torch.device
+    disk: OnDisk | None
     _accumulator: InputAccumulator | None = None
 
     @property
@@ -276,11 +278,8 @@ class _Group:
     def add(self, x: torch.Tensor | None) -> None:
         assert x is not None
         if self._accumulator is None:
-            self._accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], x.device, self._disk(x))
+            self._accumulator = self._nothing_yet()
         self._accumulator.add(x)
-
-    def _disk(self, x: torch.Tensor) -> OnDisk | None:
-        return self.disk if x.device.type == "cpu" else None  # what is elsewhere takes no memory of the process
 
     def compare(self, x: torch.Tensor | None, original: torch.Tensor | None, held_out: bool) -> None:
         assert self._accumulator is not None
@@ -291,7 +290,10 @@ class _Group:
     def finish(self, ranks: Ranks) -> InputStatistics:
         accumulator, self._accumulator = self._accumulator, None
         if accumulator is None:  # no batch of this rank came here, but one of another's
-            accumulator = InputAccumulator(self.wanted, self.layers[0].shape[1], disk=self.disk)
+            accumulator = self._nothing_yet()
         if ranks.size > 1:
             accumulator.join(ranks)
         return accumulator.finish()
+
+    def _nothing_yet(self) -> InputAccumulator:
+        return InputAccumulator(self.wanted, self.layers[0].shape[1], self.device, self.disk)

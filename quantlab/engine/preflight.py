@@ -6,13 +6,17 @@ import difflib
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import torch
 from torch import nn
 
 from quantlab.engine.architecture import Architecture, features
-from quantlab.engine.estimate import Memory, memory_needs, result_size
+from quantlab.engine.device import free_bytes
+from quantlab.engine.estimate import memory_needs, result_size
+from quantlab.engine.needs import Needs
 from quantlab.engine.solve import PlannedLayer, plan_layer
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.recipe import Recipe, matches
@@ -118,9 +122,10 @@ def check_resources(
     model: nn.Module,
     tokens: int,
     out: Path,
-    budget: int | None = None,
-) -> Memory:
-    """Refuse a run that memory or disk cannot hold; otherwise, what it will hold.
+    budget: int | None,
+    device: torch.device,
+) -> Needs:
+    """Refuse a run that memory, the device or the disk cannot hold; otherwise, what it will hold.
 
     Args:
         plan: what will be done.
@@ -130,23 +135,25 @@ def check_resources(
         out: where the result will be.
         budget: bytes of memory that the process may take; batches and statistics that do not fit go to the disk.
             None: they all stay.
+        device: where blocks are computed.
 
     Raises:
         PreflightError: says what is needed, what is there, and what takes less.
     """
-    memory = whole = memory_needs(plan, architecture, model, tokens)
+    whole = memory_needs(plan, architecture, model, tokens)
+    needs = Needs(whole) if device.type == "cpu" else whole.parted(free_bytes(device))
     if budget is not None:
-        memory = whole.within(budget)
-    refuse_memory(memory.own, psutil.virtual_memory().available)
+        needs = replace(needs, memory=needs.memory.within(budget))
+    refuse_memory(needs.memory.own, psutil.virtual_memory().available)
     existing = next(parent for parent in out.absolute().parents if parent.exists())
-    needed = result_size(plan, model) + whole.states - memory.states + memory.waiting
+    needed = result_size(plan, model) + whole.states - needs.states + needs.memory.waiting
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise PreflightError(
             f"{out}: the run takes about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on that disk; "
             "free some space or choose another --out"
         )
-    return memory
+    return needs
 
 
 def check_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int) -> None:

@@ -85,16 +85,16 @@ def probe(source: ModelSource, architecture: Architecture) -> PreTrainedModel:
             inner = without_expert(name, architecture).removeprefix(block)
             key = (type(model.get_submodule(block)), inner, shape)
         if key not in shared:
-            shared[key] = _random(shape, generator)
+            shared[key] = _random(shape, generator).to(source.device)
         assign([(module, leaf, name)], shared[key])
     return model
 
 
 def tokens(model: PreTrainedModel) -> torch.Tensor:
     """A few token ids, int64 ``[1, tokens]``, that a probe has embeddings for."""
-    rows = len(model.get_input_embeddings().get_parameter("weight"))
+    weight = model.get_input_embeddings().get_parameter("weight")
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(min(3, rows - 1), rows, (1, _TOKENS), generator=generator)
+    return torch.randint(min(3, len(weight) - 1), len(weight), (1, _TOKENS), generator=generator).to(weight.device)
 
 
 @torch.no_grad()
@@ -196,4 +196,4 @@ def _rows(value: Any) -> torch.Tensor | None:
 
 
 def _hashes(rows: torch.Tensor) -> tuple[int, ...]:
-    return tuple(hash(row.tobytes()) for row in rows.contiguous().numpy())
+    return tuple(hash(row.tobytes()) for row in rows.contiguous().cpu().numpy())

@@ -16,6 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.native import quantization_config
+from quantlab.checkpoint.on_device import DeviceSource
 from quantlab.checkpoint.requantized import open_decoded, quant_method_of
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source, parameter_bytes
@@ -25,11 +26,13 @@ from quantlab.engine.ahead import look_ahead
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.awq import Rescaling, draw_sample
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
+from quantlab.engine.device import choose_device, computing
 from quantlab.engine.distributed import SharedJournal, joined
 from quantlab.engine.estimate import Estimate, estimate, parse_bytes
 from quantlab.engine.hadamard import rotate
 from quantlab.engine.journal import LOG, Journal, partial_folder
 from quantlab.engine.loop import Run
+from quantlab.engine.needs import Needs
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import PlannedLayer
@@ -86,6 +89,7 @@ def quantize(
     overwrite: bool = False,
     requantize: bool = False,
     memory: int | str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Result:
     """Quantize a model by a recipe and write the result to a folder.
 
@@ -106,6 +110,8 @@ def quantize(
         requantize: take a model that is quantized already, and round what it decodes to.
         memory: what this process may take, in bytes or like ``2GB``: calibration batches and statistics for which
             there is no room wait on the disk of ``out``, and the result is the same to the byte. None: all stay.
+        device: where blocks are computed, one at a time, as torch calls it (``cuda``, ``cuda:1``), or ``auto``: a GPU
+            if there is one.
 
     Raises:
         QuantlabError: names the layer or argument, the value and the remedy; before any work where that is possible.
@@ -114,17 +120,17 @@ def quantize(
     started = time.perf_counter()
     asked, out = Path(out).expanduser(), Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
-    with joined() as ranks:
+    with computing(), joined() as ranks:
         progress = progress if ranks.writes else Silent()
         _check_out(out, overwrite)
-        job = _prepare(model, chosen, calibration, tokenizer, requantize)
+        job = _prepare(model, chosen, calibration, tokenizer, requantize, choose_device(device, ranks.size))
         if job.observed and len(job.batches) < ranks.size:
             raise PreflightError(
                 f"{ranks.size} processes and {len(job.batches)} batches of calibration sequences: some would have "
                 "nothing to do; use more samples, or fewer processes"
             )
         budget = None if memory is None else parse_bytes(memory)
-        needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
+        needs = job.checked(out, budget)
 
         def begin() -> Journal:
             if restart and (partial_folder(out) / LOG).is_file():
@@ -137,8 +143,9 @@ def quantize(
             progress.start(Start(chosen, job.architecture, plan, job.described, journal.resumed, notes=job.notes))
             run = Run(job.source, job.skeleton, job.architecture, plan, job.batches, journal, progress, job.rescaling)
             run.ranks = ranks
-            run.states = None if budget is None else budget - needed.without_states
-            run.statistics_wait = needed.waiting > 0
+            run.states = None if budget is None else budget - needs.memory.without_states
+            run.states_on_device = None if needs.device is None else needs.device.states
+            run.statistics_wait = needs.memory.waiting > 0
             run.execute()
         except BaseException:
             journal.abandon()
@@ -170,6 +177,7 @@ def dry_run(
     overwrite: bool = False,
     requantize: bool = False,
     memory: int | str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Estimate:
     """What :func:`quantize` would do and take: every check, and one layer for its time. Nothing is written.
 
@@ -178,10 +186,10 @@ def dry_run(
     out = Path(out).expanduser().absolute()
     chosen = load_recipe(recipe, overrides)
     _check_out(out, overwrite)
-    job = _prepare(model, chosen, calibration, tokenizer, requantize)
+    job = _prepare(model, chosen, calibration, tokenizer, requantize, choose_device(device))
     budget = None if memory is None else parse_bytes(memory)
-    needed = preflight.check_resources(job.plan, job.architecture, job.skeleton, job.tokens, out, budget)
-    return estimate(job.plan, job.source, job.skeleton, job.architecture, job.tokens, needed, job.described)
+    needs = job.checked(out, budget)
+    return estimate(job.plan, job.source, job.skeleton, job.architecture, job.tokens, needs, job.described)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +218,11 @@ class _Job:
     def tokens(self) -> int:
         return sum(batch.numel() for batch in self.batches)
 
+    def checked(self, out: Path, budget: int | None) -> Needs:
+        """What it will hold; refused if that is more than there is."""
+        parts = (self.plan, self.architecture, self.skeleton, self.tokens)
+        return preflight.check_resources(*parts, out, budget, self.source.device)
+
 
 def _prepare(
     model: str | Path | PreTrainedModel,
@@ -217,9 +230,10 @@ def _prepare(
     calibration: CalibrationText | CalibrationData | None,
     tokenizer: Any,
     requantize: bool,
+    device: torch.device,
 ) -> _Job:
     transforms = [make_transform(name, options) for name, options in recipe.transforms.items()]
-    source = _source(model, requantize)
+    source: ModelSource = DeviceSource(_source(model, requantize), device)
     skeleton = source.skeleton()
     original_bytes = parameter_bytes(skeleton)
     architecture = describe(skeleton)
@@ -269,7 +283,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 def _identity(source: ModelSource, recipe: Recipe, data: CalibrationData | None) -> dict[str, Any]:
     """What the result's bytes depend on."""
+    elsewhere = {} if source.device.type == "cpu" else {"device": source.device.type}
     return {
+        **elsewhere,
         "quantlab": metadata.version("quantlab"),
         "torch": metadata.version("torch"),
         "transformers": metadata.version("transformers"),

@@ -66,7 +66,7 @@ class RotatedSource(ModelSource):
     """
 
     def __init__(self, source: ModelSource, turns: dict[str, Turn], untied: tuple[str, ...]) -> None:
-        self.source, self.folder, self.dtype = source, source.folder, source.dtype
+        self.source, self.folder, self.dtype, self.device = source, source.folder, source.dtype, source.device
         self._turns, self._untied = turns, untied
         self._original = source.skeleton()  # stays empty: where an untied weight is loaded by its original's ties
         self.config = copy.deepcopy(source.config)

@@ -107,7 +107,7 @@ def _attempts(trial: Trial, producer: str, inputs: dict[str, torch.Tensor]) -> I
     """What might show a producer: what is added to its weight, and a factor for each channel, 1 for one that stays."""
     module = trial.block.get_submodule(producer)
     if is_linear(module):
-        factors = _factors(features(module)[0])
+        factors = _factors(features(module)[0]).to(trial.device)
         yield 0.0, factors
         for reader in [name for name in trial.order if name in inputs]:
             multiplied = _multiplied(trial, module, reader)
@@ -115,7 +115,7 @@ def _attempts(trial: Trial, producer: str, inputs: dict[str, torch.Tensor]) -> I
                 yield 0.0, torch.where(multiplied, factors, 1)
                 break
     elif (weight := module._parameters.get("weight")) is not None and weight.ndim == 1:
-        yield from ((offset, _factors(len(weight))) for offset in (0.0, 1.0))
+        yield from ((offset, _factors(len(weight)).to(trial.device)) for offset in (0.0, 1.0))
 
 
 def _factors(count: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ def _multiplied(trial: Trial, producer: nn.Module, reader: str) -> torch.Tensor 
             if not x.requires_grad:
                 return None
             generator = torch.Generator().manual_seed(2)
-            anywhere = [torch.randn(x.shape, generator=generator) for _ in range(_DIRECTIONS)]
+            anywhere = [torch.randn(x.shape, generator=generator).to(x.device) for _ in range(_DIRECTIONS)]
             across = [u - x.detach() * ((u * x).sum(0) / x.square().sum(0)).detach() for u in anywhere]
             moved = [_derivative(producer, parameters, x, u) for u in anywhere]
             bent = [_derivative(producer, parameters, x, u) for u in across]
@@ -157,7 +157,7 @@ def _derivative(
     grads = torch.autograd.grad(x, parameters, direction, retain_graph=True)
     products = [parameter.detach() * grad for parameter, grad in zip(parameters, grads, strict=True)]
     transposed = isinstance(producer, Conv1D)
-    return sum((p if p.ndim == 1 else p.sum(0 if transposed else 1) for p in products), torch.zeros(()))
+    return sum((p if p.ndim == 1 else p.sum(0 if transposed else 1) for p in products), x.new_zeros(()))
 
 
 def _try(

@@ -169,11 +169,13 @@ def _solve_stack(
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
     losses, energies, metric = _row_errors(stacked, solution, statistics)
     biases = [None] * len(layers) if solution.bias is None else solution.bias.split(rows)
+    errors = [
+        float(loss.sum() / energy.sum().clamp(min=torch.finfo(torch.float32).tiny))  # waits for a device
+        for loss, energy in zip(losses.split(rows), energies.split(rows), strict=True)
+    ]
     seconds = (time.perf_counter() - started) / len(layers)
     answers = []
-    for layer, qtensor, bias, loss, energy in zip(
-        layers, qtensors, biases, losses.split(rows), energies.split(rows), strict=True
-    ):
+    for layer, qtensor, bias, error in zip(layers, qtensors, biases, errors, strict=True):
         report = LayerReport(
             layer=layer.name,
             block=layer.block,
@@ -186,7 +188,7 @@ def _solve_stack(
             shape=qtensor.shape,
             bits=qtensor.bits_per_weight(),
             bytes=qtensor.stored_bits() // 8,
-            error=float(loss.sum() / energy.sum().clamp(min=torch.finfo(torch.float32).tiny)),
+            error=error,
             metric=metric,
             tokens=statistics.tokens if statistics else 0,
             notes=solution.notes,
@@ -197,13 +199,17 @@ def _solve_stack(
 
 
 def _shared_solution(layer: PlannedLayer, problem: LayerProblem, ranks: Ranks) -> Solution:
-    """The solution, on every rank: each solves some rows where the method can, else one solves all."""
+    """The solution, on every rank: each solves some rows where the method can, else one solves all.
+
+    What one rank tells the others goes over the CPU: their devices have other names.
+    """
     if ranks.size == 1:
         return layer.solve(problem)
+    device = problem.weight.device
     if not layer.rows_apart or len(problem.weight) < ranks.size:
-        return ranks.agreed(lambda: layer.solve(problem))
+        return ranks.agreed(lambda: layer.solve(problem).to("cpu")).to(device)
     own = replace(problem, weight=problem.weight[ranks.rows(len(problem.weight))])
-    parts = ranks.gather(layer.solve(own))
+    parts = [part.to(device) for part in ranks.gather(layer.solve(own).to("cpu"))]
     loss = None if parts[0].loss is None else torch.cat([part.loss for part in parts if part.loss is not None])
     return Solution(QTensor.joined([part.qtensor for part in parts]), loss, parts[0].notes)
 

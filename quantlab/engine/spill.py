@@ -1,4 +1,6 @@
-"""The states of suspended forwards on disk, and statistics, where they are more than the memory that they may take.
+"""The states of suspended forwards, and statistics, put away where they are more than the memory that they may take.
+
+What a device has no room for waits in the memory of the process, and what that has no room for on the disk.
 
 A suspended forward holds tensors in its own frames: the residual stream, a layer's input, masks, gates, whatever the
 model's code still needs. Nobody has to know which: all tensors that it made are remembered weakly, and those that are
@@ -12,7 +14,7 @@ import ctypes
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,25 +51,40 @@ class Made(TorchDispatchMode):
 
 @dataclass(eq=False)
 class _State:
-    """What is known of one forward's state: its tensors, its bytes in memory, and where it is on disk."""
+    """What is known of one forward's state.
+
+    Attributes:
+        made: its tensors.
+        held: bytes that are where they were made.
+        copied: bytes of what a device had no room for, in memory.
+        copies: they themselves, in the order of ``away``; none while they are on disk.
+        offset: where it is on disk.
+        capacity: bytes that are its own there.
+        away: the storages that are empty now, and how large they were.
+    """
 
     made: Made
     held: int = 0
+    copied: int = 0
+    copies: list[torch.UntypedStorage] = field(default_factory=list)
     offset: int = 0
     capacity: int = 0
     away: list[tuple[torch.UntypedStorage, int]] = field(default_factory=list)
 
 
 class Spill:
-    """Puts the states of suspended forwards on disk where they are more than a budget; see the module.
+    """Puts the states of suspended forwards away where they are more than a budget; see the module.
 
     Args:
         folder: on the disk to use; the file there has no name, and is gone with the process.
         budget: bytes of states that may stay in memory; None if all may.
+        on_device: bytes of states that may stay on the device where they are made, if that is not the CPU; None if all
+            may.
     """
 
-    def __init__(self, folder: Path, budget: int | None) -> None:
+    def __init__(self, folder: Path, budget: int | None, on_device: int | None = None) -> None:
         self.budget = budget
+        self.on_device = on_device
         self._folder = folder
         self._file: Any = None
         self._end = 0
@@ -75,7 +92,7 @@ class Spill:
 
     def watch(self, forward: Forward) -> None:
         """Take over the care of a forward that has not begun."""
-        if self.budget is not None:
+        if self._room(forward) is not None:
             state = self._states[forward] = _State(Made())
             forward.watched_by = state.made
 
@@ -86,14 +103,57 @@ class Spill:
             CheckpointError: the disk is full.
         """
         state = self._states.get(forward)
-        if state is None or state.away or self.budget is None:
+        if state is None or state.away:
             return
         storages = _own_storages(forward, state.made)
         size = sum(storage.nbytes() for storage in storages)
-        others = sum(other.held for other in self._states.values()) - state.held
-        if others + size <= self.budget:
+        held = sum(other.held for other in self._states.values()) - state.held
+        if _fits(held + size, self._room(forward)):
             state.held = size
             return
+        copied = sum(other.copied for other in self._states.values())
+        if forward.batch.device.type == "cpu":
+            self._write(state, size, storages)
+        elif _fits(copied + size, self.budget):
+            state.copies, state.copied = [storage.cpu() for storage in storages], size
+        else:
+            self._write(state, size, (storage.cpu() for storage in storages))
+        state.held, state.away = 0, [(storage, storage.nbytes()) for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+
+    def wake(self, forward: Forward) -> None:
+        """The forward is about to go on, or to be looked at: bring back what was put away."""
+        state = self._states.get(forward)
+        if state is None:
+            return
+        at = state.offset
+        for index, (storage, size) in enumerate(state.away):
+            storage.resize_(size)
+            if state.copies:
+                storage.copy_(state.copies[index])
+            elif storage.device.type == "cpu":
+                self._move(os.preadv, storage, at)
+            else:
+                read = torch.UntypedStorage(size)
+                self._move(os.preadv, read, at)
+                storage.copy_(read)
+            at += size
+        state.held += sum(size for _, size in state.away)
+        state.away, state.copies, state.copied = [], [], 0
+
+    def close(self) -> None:
+        """Forget all states."""
+        self._states.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def _room(self, forward: Forward) -> int | None:
+        """Bytes for states where the forward runs."""
+        return self.budget if forward.batch.device.type == "cpu" else self.on_device
+
+    def _write(self, state: _State, size: int, storages: Iterable[torch.UntypedStorage]) -> None:
+        """Put what a state holds on disk: so many bytes together."""
         if size > state.capacity:
             state.offset, state.capacity = self._end, size
             self._end += size
@@ -107,28 +167,6 @@ class Spill:
                 f"{self._folder}: the states of the calibration batches do not fit there ({error.strerror}); free some "
                 "space, give more --memory, or use fewer calibration samples"
             ) from error
-        state.held, state.away = 0, [(storage, storage.nbytes()) for storage in storages]
-        for storage in storages:
-            storage.resize_(0)
-
-    def wake(self, forward: Forward) -> None:
-        """The forward is about to go on, or to be looked at: bring back what was put away."""
-        state = self._states.get(forward)
-        if state is None:
-            return
-        at = state.offset
-        for storage, size in state.away:
-            storage.resize_(size)
-            self._move(os.preadv, storage, at)
-            at += size
-        state.held += sum(size for _, size in state.away)
-        state.away = []
-
-    def close(self) -> None:
-        """Forget all states."""
-        self._states.clear()
-        if self._file is not None:
-            self._file.close()
 
     def _move(self, move: Any, storage: torch.UntypedStorage, at: int) -> None:
         """Read or write a storage at a place of the file."""
@@ -194,13 +232,20 @@ def _transfer(move: Any, file: Any, address: int, size: int, at: int) -> None:
         done += count
 
 
+def _fits(size: int, budget: int | None) -> bool:
+    return budget is None or size <= budget
+
+
 def _own_storages(forward: Forward, made: Made) -> list[torch.UntypedStorage]:
-    """The memory that a suspended forward holds and nobody else does: weights and buffers are the model's own."""
-    model = forward.model
-    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    """The memory that a forward holds where it runs, and nobody else does.
+
+    Weights and buffers are the model's own, and the batch is its twin's, too.
+    """
+    others = (forward.batch, *forward.model.parameters(), *forward.model.buffers())
+    shared = {tensor.untyped_storage().data_ptr() for tensor in others}
     own: dict[int, torch.UntypedStorage] = {}
     for tensor in made.alive():
-        if tensor.device.type == "cpu":
+        if tensor.device.type == forward.batch.device.type:
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.resizable() and storage.data_ptr() not in shared:
                 own[storage.data_ptr()] = storage

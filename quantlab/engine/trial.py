@@ -30,26 +30,30 @@ class Trial:
         readers: modules whose input is recorded, by name: linear layers, whatever else has a matrix (routers), and
             mixtures as a whole, which stand for the first layers of all their experts. What an expert's second layer
             is given is recorded under the first expert's name, expert after expert.
+        device: where it is: that of the call's first tensor.
         order: the modules in the order in which they are called, by name.
     """
 
     block: nn.Module
     call: Call
     readers: dict[str, nn.Module]
+    device: torch.device
     order: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, block: nn.Module, call: Call) -> Trial:
         """Copy a block, on any device, and a call of it."""
         generator = torch.Generator().manual_seed(0)
-        trial = _with_random_weights(block, generator)
+        leaves = tree_leaves((call.args, call.kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        trial = _with_random_weights(block, generator, device)
         args, kwargs = tree_map(lambda leaf: _float(leaf), (call.args, call.kwargs))
         if args:
             args = (_random_like(args[0], generator), *args[1:])
         else:
             first = next(iter(kwargs))
             kwargs = {**kwargs, first: _random_like(kwargs[first], generator)}
-        return cls(trial, Call(args, kwargs), _readers(trial))
+        return cls(trial, Call(args, kwargs), _readers(trial), device)
 
     def run(self) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """The tensors that the block returns, and what each reader was given, ``[tokens, in]``."""
@@ -117,13 +121,14 @@ def _has_matrix(module: nn.Module) -> bool:
     return is_linear(module) or (weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding))
 
 
-def _with_random_weights(block: nn.Module, generator: torch.Generator) -> nn.Module:
+def _with_random_weights(block: nn.Module, generator: torch.Generator, device: torch.device) -> nn.Module:
     memo: dict[int, Any] = {}  # what deepcopy takes instead of copying a tensor
     first: dict[str, nn.Parameter] = {}
     for name, parameter in block.named_parameters():
         canonical = _canonical(block, name)
         if canonical not in first:
-            first[canonical] = nn.Parameter(_random(parameter.shape, name, generator), requires_grad=False)
+            random = _random(parameter.shape, name, generator).to(device)
+            first[canonical] = nn.Parameter(random, requires_grad=False)
         memo[id(parameter)] = first[canonical]
     return copy.deepcopy(block, memo).float().eval()
 
@@ -141,7 +146,7 @@ def _float(leaf: Any) -> Any:
 
 
 def _random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(x.shape, generator=generator) if _is_float(x) else x
+    return torch.randn(x.shape, generator=generator).to(x.device) if _is_float(x) else x
 
 
 def _is_float(leaf: Any) -> bool:

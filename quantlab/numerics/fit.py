@@ -98,7 +98,7 @@ def fit_codebook(bits: int, samples: Sequence[Sample]) -> Grid:
         cuts = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(values))])
         weight, sums = total[cuts].diff(), moment[cuts].diff()
         centres = torch.where(weight > 0, sums / weight.clamp(min=1e-300), centres)
-    values = centres.float().unique()
+    values = centres.float().cpu().unique()
     if len(values) < 2:  # nothing, or one value over and over: a table has two
         values = torch.cat([values, torch.tensor([0.0, 1.0])]).unique()[:2]
     return Grid(f"codebook{bits}", bits, values)
@@ -120,7 +120,7 @@ def _histogram_centres(values: torch.Tensor, mass: torch.Tensor, count: int) -> 
     Fewer where there are fewer different values; an empty histogram has none.
     """
     cell = ((values + 1) * (_CELLS / 2)).long().clamp(0, _CELLS - 1)
-    sums = torch.zeros(3, _CELLS, dtype=torch.float64)
+    sums = torch.zeros(3, _CELLS, dtype=torch.float64, device=values.device)
     for row, term in enumerate((mass, mass * values, mass * values.square())):
         sums[row].index_add_(0, cell, term)
     sums = sums[:, sums[0] > 0]

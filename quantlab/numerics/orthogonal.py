@@ -51,15 +51,16 @@ class Rotation:
         """``x Q`` along the last dimension, part by part where that is several times as wide as the rotation.
 
         Args:
-            x: float64 ``[..., n * width]``.
+            x: float64 ``[..., n * width]``, on any device.
         """
         rows = x.reshape(-1, self.width)
+        signs, left, right = (part.to(x.device) for part in (self.signs, self.left, self.right))
         if self.two_sided:
-            rows = self._product(rows, self.left, self.right)
-        rows = rows * self.signs
+            rows = self._product(rows, left, right)
+        rows = rows * signs
         if self.two_sided:
-            return self._product(rows, self.left.T, self.right.T).reshape(x.shape)
-        return self._product(rows, self.left, self.right).reshape(x.shape)
+            return self._product(rows, left.T, right.T).reshape(x.shape)
+        return self._product(rows, left, right).reshape(x.shape)
 
     @staticmethod
     def _product(rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,11 @@ class LowRank:
         """The correction itself: float32 ``[out, in]``."""
         return self.scaled_left() @ self.right.float()
 
+    def to(self, device: torch.device | str) -> LowRank:
+        """The same on a device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return LowRank(self.left.to(device), self.right.to(device), scales)
+
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
@@ -74,6 +79,17 @@ class QTensor:
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same on a device; the grid stays where grids are."""
+        return QTensor(
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+            grid=self.grid,
+            low_rank=None if self.low_rank is None else self.low_rank.to(device),
+            outer=None if self.outer is None else self.outer.to(device),
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``[out, in]`` that the codes stand for, with the low-rank correction added."""

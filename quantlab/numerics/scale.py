@@ -15,6 +15,8 @@ Granularity = int | str  # a group size along the inputs, "channel" or "tensor"
 
 # Elements that are searched at once: enough to hide the cost of a call, few enough to stay in the cache.
 _CHUNK = 1 << 17
+# The same on other devices, where a call costs more and there is no such cache.
+_CHUNK_ELSEWHERE = 1 << 24
 
 
 class Scales(NamedTuple):
@@ -197,6 +199,6 @@ def _best_stored(
 
 
 def _chunks(groups: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, _CHUNK // groups[0].numel())
+    rows = max(1, (_CHUNK if groups.device.type == "cpu" else _CHUNK_ELSEWHERE) // groups[0].numel())
     for start in range(0, len(groups), rows):
         yield slice(start, start + rows)

@@ -22,6 +22,10 @@ class OuterScales(NamedTuple):
     scales: torch.Tensor
     offset: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> OuterScales:
+        """The same on a device."""
+        return OuterScales(self.scales.to(device), None if self.offset is None else self.offset.to(device))
+
 
 @dataclass(frozen=True)
 class ScaleType:

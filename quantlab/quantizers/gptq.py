@@ -27,6 +27,8 @@ from quantlab.recipe import Scheme
 
 # Weights that are rounded at once, of some outputs: products are efficient, and the copies that are worked on small.
 _CHUNK = 1 << 23
+# The same on other devices, where every column costs some calls however many outputs there are.
+_CHUNK_ELSEWHERE = 1 << 25
 # Rows of a matrix that are permuted, turned or multiplied at once.
 _TURNED = 512
 _ORDERS = ("activation", "group-aware", "natural")
@@ -142,7 +144,7 @@ class Gptq:
         loss = torch.empty(len(target), device=target.device)
         # Scales of two levels are chosen beforehand, all of them: no row changes its own.
         known = scales if scales.outer is None else Scales(scales.decode(), scales.zeros)
-        step = max(1, _CHUNK // target.shape[1])
+        step = max(1, (_CHUNK if target.device.type == "cpu" else _CHUNK_ELSEWHERE) // target.shape[1])
         for start in range(0, len(target), step):
             rows = slice(start, start + step)
             codes[rows], loss[rows] = self._round_rows(

@@ -104,8 +104,9 @@ def _magnitudes(readers: Sequence[Reader], channels: torch.Tensor, count: int) -
     total = sum(reader.x.abs().sum(0, dtype=torch.float32) for reader in readers)
     tokens = sum(len(reader.x) for reader in readers)
     assert isinstance(total, torch.Tensor)
-    uses = torch.bincount(channels, minlength=count)
-    return torch.zeros(count).index_add_(0, channels, total / tokens) / uses
+    here = channels.cpu()  # a few numbers; elsewhere they might be summed in another order each time
+    uses = torch.bincount(here, minlength=count)
+    return (torch.zeros(count).index_add_(0, here, (total / tokens).cpu()) / uses).to(channels.device)
 
 
 def _scales(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from engine_recipes import W4_GPTQ
 import quantlab
 from quantlab.cli.app import main
 from quantlab.engine import estimate, solve
-from quantlab.engine.estimate import Memory
+from quantlab.engine.needs import Memory
 from quantlab.errors import PreflightError
 
 MIXED = {"layers": {"*.down_proj": {"format": "int8"}, "lm_head": {"format": "none"}}}

@@ -199,6 +199,18 @@ class TestRefuses:
         expected = decoded(folder)["transformer.h.0.mlp.c_fc"].T.to(torch.bfloat16)
         assert torch.equal(plain.transformer.h[0].mlp.c_fc.weight, expected)
 
+    @pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
+    @pytest.mark.parametrize("config", [None, Phi3Config(**SIZES)], ids=["llama", "phi3"])
+    def test_biases_that_config_json_does_not_tell_of(self, to, config, tmp_path):
+        ids = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+        recipe = {"format": "int4", "granularity": 32, "compensation": "bias"}
+        quantlab.quantize(tiny(config), recipe, tmp_path / "quantized", calibration=ids)
+        with pytest.raises(CheckpointError, match=r"proj\.bias \(of \d+ such\).*leaves it out"):
+            export(tmp_path / "quantized", to, tmp_path / "out")
+        with pytest.raises(CheckpointError, match="leaves it out"):
+            export(tmp_path / "quantized", to, tmp_path / "out", requantize=True)
+        assert not (tmp_path / "out").exists()
+
     def test_what_is_not_quantized(self, tmp_path):
         tiny().save_pretrained(tmp_path / "plain")
         with pytest.raises(CheckpointError, match="is not quantized"):

@@ -43,8 +43,8 @@ from quantlab.export import export
 
 _Tensors = dict[str, torch.Tensor]
 _Rewritten = tuple[PretrainedConfig, _Tensors]
-# Random biases, as parts of the length of a layer's rows: about what these add to its outputs.
-_BIAS = 0.1
+# Random biases, as parts of what a layer's outputs spread: enough that each kind moves perplexity by percents.
+_BIAS = {"q_proj": 0.3, "k_proj": 0.3, "v_proj": 0.03}
 
 
 def _common(config: LlamaConfig) -> dict[str, Any]:
@@ -148,10 +148,12 @@ def _apart(original: PreTrainedModel, rewritten: PreTrainedModel) -> dict[str, f
 @torch.no_grad()
 def _draw_biases(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.bias is not None:
-            lengths = module.weight.float().norm(dim=1)
-            module.bias.copy_(_BIAS * lengths * torch.randn(len(lengths), generator=generator))
+    for name, module in model.named_modules():
+        block, _, leaf = name.rpartition(".self_attn.")
+        if leaf in _BIAS and module.bias is not None:
+            norm = model.get_submodule(f"{block}.input_layernorm").weight  # its outputs have a mean square of 1
+            spread = (module.weight * norm).float().norm(dim=1)
+            module.bias.copy_(_BIAS[leaf] * spread * torch.randn(len(spread), generator=generator))
 
 
 def _exports(folder: Path, work: Path, verified: bool) -> list[tuple[str, str]]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized_folders import RTN, SIZES, logits, tiny
-from test_export_gguf import HEADS, MODELS, TIED, YARN
-from tokenizers_like import byte_level
+from quantized_folders import SIZES, logits
+from test_export_gguf import HEADS, MODELS, TIED, YARN, written
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -94,18 +93,6 @@ SPECIAL = {
 }
 
 
-def folder_of(config, tmp_path):
-    """A quantized model whose biases are not zero."""
-    model = tiny(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    model.save_pretrained(tmp_path / "model")
-    byte_level("smollm").save_pretrained(tmp_path / "model")
-    quantlab.quantize(tmp_path / "model", {**RTN, "format": "int4"}, tmp_path / "quantized")
-    return tmp_path / "quantized"
-
-
 def theirs(file):
     """llama.cpp's logits of the sequence that ours are of."""
     ids = (torch.arange(3, 43) * 7 % 300).tolist()
@@ -122,7 +109,7 @@ def theirs(file):
 @pytest.mark.parametrize("name", [*MODELS, *SPECIAL])
 def test_it_says_what_our_model_says(name, tmp_path):
     config = {**MODELS, **SPECIAL}[name]
-    folder = folder_of(config, tmp_path)
+    folder = written(tmp_path, {"format": "int4"}, config)
     export(folder, "gguf", tmp_path / "model.gguf", settings={"types": {"*": "f32"}})
     ours = logits(quantlab.load(folder, dtype=torch.float32))
     by_table = name.startswith(("gemma", "starcoder"))

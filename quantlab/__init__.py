@@ -7,7 +7,9 @@ transformers as soon as transformers' models are imported, before or after.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
@@ -102,6 +104,19 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
     return getattr(import_module(f"quantlab.{_HOMES[name]}"), name)
 
+
+class _Api(ModuleType):
+    """The package, in which a public name stays what it is where a module has it, too (``export``, ``formats``).
+
+    Importing such a module would put it in the function's place.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Api
 
 # Importing the plug-in registers it; it needs transformers' model classes, and nobody loads a model without them.
 register_post_import_hook(lambda _: import_module("quantlab.checkpoint.plugin"), "transformers.modeling_utils")

@@ -6,6 +6,7 @@ Every import counts: at the top, inside a function, under TYPE_CHECKING.
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_cli_starts_without_torch():
 
 def _targets(node: ast.Import | ast.ImportFrom) -> list[str]:
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+
+
+def test_public_names_stay_what_they_are_when_modules_of_their_name_are_imported():
+    """`quantlab.export` is a function and a package; so is whatever else has two meanings."""
+    code = """
+from importlib import import_module
+from types import ModuleType
+import quantlab
+for name, home in quantlab._HOMES.items():
+    import_module(f"quantlab.{home}")
+print([name for name in quantlab.__all__ if isinstance(getattr(quantlab, name), ModuleType)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_file_is_named_after_nothing():

@@ -183,8 +183,9 @@ def _config_and_tokenizer(path: Path, reader: gguf.GGUFReader) -> tuple[Any, Any
 
 def _complete_attention(config: Any, reader: gguf.GGUFReader, architecture: str) -> None:
     """What transformers' table of keys leaves at its default, and llama.cpp derives from the file."""
-    if hasattr(config, "attention_bias"):  # which no key says: the tensors do
-        config.attention_bias = any(tensor.name.endswith("attn_q.bias") for tensor in reader.tensors)
+    for attribute, bias in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_down.bias")):
+        if hasattr(config, attribute):  # which no key says: the tensors do
+            setattr(config, attribute, any(tensor.name.endswith(bias) for tensor in reader.tensors))
     head = _field(reader, f"{architecture}.attention.key_length")
     for attribute in ("head_dim", "query_pre_attn_scalar"):
         if head is not None and getattr(config, attribute, None) is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
 from quantlab.checkpoint.writer import CheckpointWriter, shard_name
@@ -163,6 +164,26 @@ def fused_sets(names: Iterable[str]) -> list[list[str]]:
             if leaf in members:
                 sets.setdefault((parent, index), []).append(name)
     return [members for members in sets.values() if len(members) > 1]
+
+
+def check_biases(source: QuantizedFolder, modules: Mapping[str, nn.Module], format: str) -> None:
+    """Refuse biases that a compensation added to layers without: readers build a model from its config.json.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    kept = set(source.kept)
+    added = [
+        name
+        for name in source.layers
+        if f"{name}.bias" in kept and name in modules and getattr(modules[name], "bias", None) is None
+    ]
+    if added:
+        raise CheckpointError(
+            f"{added[0]}.bias (of {len(added)} such): was added when the model was quantized, which has none there; "
+            f"who loads {format} builds the model from config.json, without it, and leaves it out; use the folder "
+            "itself with quantlab, or quantize without a compensation that adds biases"
+        )
 
 
 def copy_digest(source: Path, folder: Path) -> None:

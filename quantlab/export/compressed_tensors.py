@@ -24,6 +24,7 @@ from quantlab.export.base import (
     Export,
     ExportedLayer,
     Refusals,
+    check_biases,
     copy_digest,
     fused_sets,
     granularity_of,
@@ -94,6 +95,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
 def _check_headers(
     source: QuantizedFolder, modules: Mapping[str, nn.Module], requantize: bool, usual: int | None
 ) -> None:
+    check_biases(source, modules, "compressed-tensors")
     refusals = Refusals("compressed-tensors", _REMEDY)
     for name, storage in source.layers.items():
         if name not in modules:

@@ -24,6 +24,7 @@ from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.source import open_source
 from quantlab.errors import CheckpointError
 from quantlab.export.base import CannotHoldError, Export, ExportedLayer
+from quantlab.export.gguf_assumed import check_assumed
 from quantlab.export.gguf_exact import exact_blocks
 from quantlab.export.gguf_model import add_metadata, layout_of, row_order, tensor_names
 from quantlab.export.gguf_search import TYPES, quantized_blocks
@@ -97,7 +98,7 @@ def export(
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    return Export(out, "gguf", tuple(done), out.stat().st_size)
+    return Export(out, "gguf", tuple(done), out.stat().st_size, plan.notes)
 
 
 class _Plan:
@@ -116,6 +117,7 @@ class _Plan:
         self.layout = layout_of(self.config)
         names = [f"{name}.weight" for name in source.layers] + source.kept
         self.names = tensor_names(self.layout, self.config.num_hidden_layers, names)
+        self.notes = check_assumed(self.layout, self.config, self.names)
         if original is not None:
             check_untransformed(source)
         self.original = None if original is None else open_source(Path(original).expanduser())

@@ -6,15 +6,14 @@ an architecture, whose query and key rows it wants in its own rope's order, and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 
 from quantlab.errors import CheckpointError
+from quantlab.export.gguf_rope import add_rope
 
 
 @dataclass(frozen=True)
@@ -25,24 +24,34 @@ class Layout:
         architecture: llama.cpp's name.
         rotated_halves: query and key rows are reordered: llama.cpp turns neighbouring rows, transformers two halves.
         norms_plus_one: norm weights are stored with 1 added.
+        activation: what it takes between the layers of an MLP.
+        biases: the layers of a block that it knows biases of, by its own names.
+        needs_biases: it does not load a model without them.
+        full_every: every which layer sees everything, the others through a window; 0: windows are not computed.
     """
 
     architecture: str
     rotated_halves: bool = False
     norms_plus_one: bool = False
+    activation: str = "silu"
+    biases: tuple[str, ...] = ()
+    needs_biases: bool = False
+    full_every: int = 0
 
 
-# By transformers' `model_type`. Each is read back by transformers' own GGUF reader in the tests.
+_QKV = ("attn_q", "attn_k", "attn_v")
+_ALL = (*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+# By transformers' `model_type`. Each is read back by transformers' own GGUF reader, and run by llama.cpp, in the tests.
 LAYOUTS = {
-    "llama": Layout("llama", rotated_halves=True),
-    "mistral": Layout("llama", rotated_halves=True),
-    "qwen2": Layout("qwen2"),
+    "llama": Layout("llama", rotated_halves=True, biases=_ALL),
+    "mistral": Layout("llama", rotated_halves=True, biases=_ALL),
+    "qwen2": Layout("qwen2", biases=_QKV),
     "qwen3": Layout("qwen3"),
-    "gemma2": Layout("gemma2", norms_plus_one=True),
-    "gemma3_text": Layout("gemma3", norms_plus_one=True),
+    "gemma2": Layout("gemma2", norms_plus_one=True, activation="gelu", full_every=2),
+    "gemma3_text": Layout("gemma3", norms_plus_one=True, activation="gelu", full_every=6),
     "phi3": Layout("phi3"),
-    "starcoder2": Layout("starcoder2"),
-    "stablelm": Layout("stablelm"),
+    "starcoder2": Layout("starcoder2", activation="gelu", biases=_ALL, needs_biases=True),
+    "stablelm": Layout("stablelm", biases=_QKV),
 }
 
 
@@ -60,31 +69,8 @@ def layout_of(config: Any) -> Layout:
     return LAYOUTS[config.model_type]
 
 
-def check_attention(layout: Layout, config: Any) -> None:
-    """Refuse what llama.cpp takes for granted of an architecture, and this model has otherwise.
-
-    Raises:
-        CheckpointError: names it.
-    """
-    head = _head(config)
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar is not None and scalar != head:
-        raise CheckpointError(
-            f"query_pre_attn_scalar {scalar}: llama.cpp scales its attention by the size of a head, {head}"
-        )
-    every = {"gemma2": 2, "gemma3": 6}.get(layout.architecture)
-    if every:
-        kinds = [
-            ("full" if (i + 1) % every == 0 else "sliding") + "_attention" for i in range(config.num_hidden_layers)
-        ]
-        if list(config.layer_types) != kinds:
-            raise CheckpointError(
-                f"layer_types: llama.cpp lets every {every}th layer see everything, this model others; "
-                " export to compressed-tensors"
-            )
-
-
-def _head(config: Any) -> int:
+def head_size(config: Any) -> int:
+    """Dimensions of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -118,10 +104,9 @@ def add_metadata(writer: gguf.GGUFWriter, layout: Layout, config: Any, name: str
     """Sizes, norms, attention and rope, under the keys that llama.cpp reads.
 
     Raises:
-        CheckpointError: a way to stretch rope that the format has no keys for.
+        CheckpointError: a way to stretch rope that llama.cpp does not have.
     """
-    check_attention(layout, config)
-    head = _head(config)
+    head = head_size(config)
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -132,7 +117,6 @@ def add_metadata(writer: gguf.GGUFWriter, layout: Layout, config: Any, name: str
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(int(head * _rope(config).get("partial_rotary_factor", 1.0)))
     if (eps := getattr(config, "rms_norm_eps", None)) is not None:
         writer.add_layer_norm_rms_eps(eps)
     for attribute in ("layer_norm_eps", "norm_epsilon"):
@@ -146,55 +130,4 @@ def add_metadata(writer: gguf.GGUFWriter, layout: Layout, config: Any, name: str
         writer.add_attn_logit_softcapping(cap)
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         writer.add_final_logit_softcapping(cap)
-    _add_rope(writer, config, head)
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """The rules of rope; of a model with several kinds of layers those of full attention."""
-    rules = getattr(config, "rope_parameters", None) or {}
-    return rules.get("full_attention", rules)
-
-
-def _add_rope(writer: gguf.GGUFWriter, config: Any, head: int) -> None:
-    rules = _rope(config)
-    theta = rules.get("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
-    writer.add_rope_freq_base(theta)
-    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
-    if local is not None:
-        writer.add_rope_freq_base_swa(local.get("rope_theta", 10000.0))
-    kind = rules.get("rope_type", "default")
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rules["factor"])
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rules["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rules["original_max_position_embeddings"])
-    elif kind == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(rules, head, theta))
-    elif kind == "longrope":
-        _add_longrope(writer, config, rules)
-    elif kind != "default":
-        raise CheckpointError(f"rope_type {kind!r}: GGUF has no keys for it; export to compressed-tensors")
-
-
-def llama3_divisors(rules: dict[str, Any], head: int, theta: float) -> np.ndarray:
-    """What Llama 3 divides its rotary frequencies by, float32 ``[head / 2]``: from ``factor`` (low) to 1 (high)."""
-    frequencies = 1.0 / theta ** (np.arange(0, head, 2, dtype=np.float64) / head)
-    wavelengths = 2 * math.pi / frequencies
-    context, low, high = (rules[f"{key}"] for key in _LLAMA3)
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / rules["factor"] + smooth)).astype(np.float32)
-
-
-_LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-
-
-def _add_longrope(writer: gguf.GGUFWriter, config: Any, rules: dict[str, Any]) -> None:
-    original = rules.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    scale = config.max_position_embeddings / original
-    factor = 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original))
-    writer.add_rope_scaling_orig_ctx_len(original)
-    writer.add_rope_scaling_attn_factors(rules.get("attention_factor") or factor)
-    for name, key in (("long", "long_factor"), ("short", "short_factor")):
-        writer.add_tensor(f"rope_factors_{name}.weight", np.array(rules[key], dtype=np.float32))
+    add_rope(writer, layout.architecture, config, head)

@@ -28,6 +28,7 @@ from quantlab.export.base import (
     ExportedLayer,
     Refusals,
     as_words,
+    check_biases,
     copy_digest,
     granularity_of,
     integers_of,
@@ -69,6 +70,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, vers
     if version not in (1, 2):
         raise CheckpointError(f"--set version={version}: there are versions 1 and 2 of the GPTQ format")
     modules = dict(source.skeleton(unfuse=False).named_modules())
+    check_biases(source, modules, "GPTQ")
     refusals = Refusals("GPTQ", _REMEDY)
     for name, storage in source.layers.items():
         if not isinstance(modules.get(name), nn.Linear):

@@ -29,12 +29,14 @@ SIZES = {
 
 
 def tiny(config: Any = None, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A model with random weights, its norms too; a Llama if no config is given."""
+    """A model with random weights, its norms and biases too; a Llama if no config is given."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, 0, 0.3)
     return model.to(dtype)
 
 

@@ -32,11 +32,20 @@ from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.errors import CheckpointError
 from quantlab.export import export
 from quantlab.export.gguf_exact import exact_blocks
-from quantlab.export.gguf_model import llama3_divisors
+from quantlab.export.gguf_rope import llama3_divisors
 from quantlab.export.importance import importance_of
 from quantlab.numerics import QTensor, grid
 
 TIED = {**SIZES, "tie_word_embeddings": True}
+HEADS = {**TIED, "head_dim": 16, "query_pre_attn_scalar": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
 MODELS = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied-biased": LlamaConfig(**{**SIZES, "tie_word_embeddings": True, "attention_bias": True}),
@@ -250,6 +259,36 @@ def test_llama_3_rope_is_stored_as_divisors(tmp_path):
     assert np.array_equal(stored.data, llama3_divisors(rope, 16, 10000.0))
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MistralConfig(**SIZES, head_dim=16, sliding_window=64), "no sliding window in llama: beyond 64 tokens"),
+        (Phi3Config(**SIZES, sliding_window=100), "no sliding window in phi3: beyond 100 tokens"),
+        (MistralConfig(**SIZES, head_dim=16, sliding_window=SIZES["max_position_embeddings"]), None),
+        (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=64), None),
+        (MODELS["gemma2"], None),
+    ],
+)
+def test_windows_that_llama_cpp_does_not_have_are_told(config, said, tmp_path):
+    done = export(written(tmp_path, {"format": "int4"}, config), "gguf", tmp_path / "model.gguf")
+    assert [said in note for note in done.notes] == [True] if said else not done.notes
+
+
+BIASED = {**RTN, "format": "int4", "compensation": "bias"}
+
+
+def test_biases_that_a_compensation_added_are_read_back(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXT * 40))
+    calibration = {"source": str(tmp_path / "text.txt"), "samples": 4, "length": 32}
+    folder = written(tmp_path, {**BIASED, "calibration": calibration})
+    assert export(folder, "gguf", tmp_path / "model.gguf").exact
+    back = import_gguf(tmp_path / "model.gguf", tmp_path / "back", dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
+    assert found.model.layers[1].mlp.down_proj.bias.abs().max() > 0
+    ours = logits(quantlab.load(folder, dtype=torch.float32))
+    torch.testing.assert_close(logits(found), ours, rtol=1e-3, atol=1e-4 * float(ours.std()))
+
+
 class TestRefuses:
     @pytest.mark.parametrize(
         ("changes", "reason"),
@@ -296,11 +335,27 @@ class TestRefuses:
         with pytest.raises(CheckpointError, match=r"'gpt_neox'.*knows no GGUF layout"):
             export(folder, "gguf", tmp_path / "model.gguf")
 
-    def test_attention_that_llama_cpp_would_compute_otherwise(self, tmp_path):
-        config = Gemma3TextConfig(**TIED, head_dim=16, query_pre_attn_scalar=32, sliding_window=32)
+    @pytest.mark.parametrize(
+        ("config", "reason"),
+        [
+            (Gemma3TextConfig(**{**HEADS, "query_pre_attn_scalar": 32}, sliding_window=32), "query_pre_attn_scalar 32"),
+            (Gemma3TextConfig(**HEADS, sliding_window=32, layer_types=["full_attention"] * 2), "every 6th layer"),
+            (Gemma2Config(**HEADS, attn_logit_softcapping=None), "attn_logit_softcapping None"),
+            (Gemma2Config(**HEADS, attention_bias=True), r"self_attn\.\w+\.bias: llama.cpp has no such bias"),
+            (Gemma2Config(**HEADS, hidden_activation="silu"), "'silu': llama.cpp always takes gelu"),
+            (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act 'gelu': llama.cpp always takes silu in llama"),
+            (Qwen3Config(**SIZES, head_dim=16, attention_bias=True), r"\.bias: llama.cpp has no such bias in qwen3"),
+            (Starcoder2Config(**SIZES, use_bias=False), "has no bias, and llama.cpp does not load a starcoder2"),
+            (LlamaConfig(**SIZES, rope_parameters=LONGROPE), "'longrope': llama.cpp has it for phi3 only"),
+            (LlamaConfig(**SIZES, rope_parameters={**YARN, "beta_fast": 16.0}), "beta_fast 16.0: llama.cpp takes 32"),
+            (LlamaConfig(**SIZES, rope_parameters={**YARN, "truncate": False}), "truncate False"),
+        ],
+    )
+    def test_what_llama_cpp_would_compute_otherwise(self, config, reason, tmp_path):
         folder = written(tmp_path, {"format": "int4"}, config)
-        with pytest.raises(CheckpointError, match="query_pre_attn_scalar 32"):
+        with pytest.raises(CheckpointError, match=reason):
             export(folder, "gguf", tmp_path / "model.gguf")
+        assert not list(tmp_path.glob("*.gguf*"))
 
     def test_tokenizers_that_cut_text_in_unknown_ways(self, tmp_path):
         from tokenizers import pre_tokenizers

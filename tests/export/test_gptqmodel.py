@@ -9,10 +9,11 @@ from itertools import product
 
 import pytest
 import torch
-from quantized_folders import decoded, quantized
+from quantized_folders import SIZES, decoded, logits, quantized, tiny
 from tokenizers_like import byte_level
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, GPTQConfig, Phi3Config, Qwen2Config
 
+import quantlab
 from quantlab.export import export
 from quantlab.export.gptq import encode
 from quantlab.numerics import QTensor, grid
@@ -83,6 +84,19 @@ def test_transformers_loads_a_folder(changes, version, tmp_path):
         tmp_path / "gptq", dtype=torch.float16, quantization_config=GPTQConfig(bits=4, backend="gptq_torch")
     )
     same_weights(model, folder)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config(**SIZES), Phi3Config(**SIZES)], ids=["qwen2", "phi3"])
+def test_transformers_loads_other_families(config, tmp_path):
+    pytest.importorskip("optimum.gptq", reason="optimum is not installed")
+    folder = quantized(tmp_path, {"format": "int4"}, tiny(config))
+    assert export(folder, "gptq", tmp_path / "gptq").exact
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gptq", dtype=torch.float32, quantization_config=GPTQConfig(bits=4, backend="gptq_torch")
+    )
+    same_weights(model, folder)
+    ours = logits(quantlab.load(folder, dtype=torch.float32))
+    assert (logits(model) - ours).abs().max() < 0.01 * ours.std()
 
 
 @pytest.mark.parametrize(

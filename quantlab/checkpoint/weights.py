@@ -7,15 +7,16 @@ which tensors of the model, so that any of them can be had later by reading just
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import re
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,24 @@ class WeightFiles:
         return data.view(stored.dtype).view(stored.shape)
 
     def expect(self, name: str) -> None:
-        """Let the system fetch a tensor into its own cache, where it can be told to; that is no memory of ours."""
-        if name not in self._bin and hasattr(os, "posix_fadvise"):
-            stored = self.stored[name]
-            with open(stored.file, "rb", buffering=0) as stream:
-                os.posix_fadvise(stream.fileno(), stored.offset, stored.bytes, os.POSIX_FADV_WILLNEED)
+        """Have a tensor fetched into the system's cache while others are at work; that is no memory of ours."""
+        if name not in self._bin:
+            _ahead().submit(_fetch, self.stored[name])
+
+
+@cache
+def _ahead() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "quantlab-read-ahead")
+
+
+def _fetch(stored: StoredTensor) -> None:
+    """Read a tensor and drop it. (Linux itself, asked to fetch a range, reads no more than a disk's read-ahead.)"""
+    buffer = bytearray(1 << 20)
+    # What is wrong with the file is said when it is read for good.
+    with contextlib.suppress(OSError), open(stored.file, "rb", buffering=0) as stream:
+        stream.seek(stored.offset)
+        for _ in range(-(-stored.bytes // len(buffer))):
+            stream.readinto(buffer)
 
 
 def _weight_files(folder: Path) -> list[Path]:

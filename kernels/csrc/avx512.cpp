@@ -126,8 +126,9 @@ void multiply_rows(const Job &job, const C &codes, int64_t begin, int64_t end) {
     const ql_weight &weight = *job.weight;
     const ScalingOf<C> scaling(weight);
     ScaleRows scales(weight, weight.scales, weight.scale_type, R), zeros(weight, weight.zeros, weight.zero_type, R);
-    Tile<C> tile = {codes, scaling, nullptr, job.row_bytes, static_cast<const uint16_t *>(job.x), job.x_stride,
-                       nullptr, scales.stride, nullptr, weight.outputs};
+    const auto *x = static_cast<const uint16_t *>(job.x);
+    Tile<C> tile = {codes,   scaling,       nullptr, job.row_bytes, x, job.x_stride,
+                    nullptr, scales.stride, nullptr, weight.outputs};
     for (int64_t output = begin; output < end;) {
         const int outputs = end - output >= R && scaling.spread != Spread::kAnywhere ? R : 1;
         tile.rows = weight.codes + output * job.row_bytes;

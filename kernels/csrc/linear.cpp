@@ -93,8 +93,8 @@ bool alike(const ql_weight &one, const ql_weight &other) {
 }
 
 // Weights that are alike. Their outputs are one range, in which each begins with a unit of its own.
-bool multiply_alike(const Kernel &kernel, const ql_weight *weights, int count, const void *x, int64_t rows, const Output &output,
-              int threads) {
+bool multiply_alike(const Kernel &kernel, const ql_weight *weights, int count, const void *x, int64_t rows,
+                    const Output &output, int threads) {
     const Activations activations(kernel, weights[0], x, rows, output.type, threads);
     if (!activations.complete()) return false;
     std::optional<Product> products[kTogether];
@@ -125,9 +125,11 @@ bool multiply_alike(const Kernel &kernel, const ql_weight *weights, int count, c
     return true;
 }
 
+// The same for any number of rows.
 bool multiply(const Kernel &kernel, const ql_weight *weights, int count, const void *x, int64_t rows, Output output,
               int threads) {
-    const int64_t together = has_panels(kernel, output.type) ? kRowsTogether : rows, size = output.type == QL_FLOAT32 ? 4 : 2;
+    const int64_t together = has_panels(kernel, output.type) ? kRowsTogether : rows;
+    const int64_t size = output.type == QL_FLOAT32 ? 4 : 2;
     for (int64_t row = 0; row < rows; row += together) {
         const int64_t left = rows - row < together ? rows - row : together;
         if (!multiply_alike(kernel, weights, count, x, left, output, threads)) return false;
@@ -184,6 +186,7 @@ int64_t ql_few_rows(const ql_weight *weight, int activation_type, int at_most) {
 }
 
 int64_t ql_most_rows(const ql_weight *weight, int activation_type, int at_most) {
+    if (weight->rank) return ql_few_rows(weight, activation_type, at_most);
     const Kernel &kernel = *kernel_of(ql_choose(weight, activation_type, kMostRows + 1, at_most));
     return has_panels(kernel, activation_type) ? INT64_MAX : kMostRows;
 }

@@ -48,7 +48,8 @@ int ql_linear(const ql_weight *weights, int count, const void *x, void *y, int64
 int64_t ql_few_rows(const ql_weight *weight, int activation_type, int at_most);
 
 // The most rows that `ql_linear` should be given: no limit where it decodes panels itself (QL_AVX512 and bfloat16), else
-// `ql_few_rows`, and `ql_decode` is for whoever multiplies them.
+// `ql_few_rows`, and `ql_decode` is for whoever multiplies them. With a low-rank term always `ql_few_rows`: for many rows that
+// is two products of its own.
 int64_t ql_most_rows(const ql_weight *weight, int activation_type, int at_most);
 
 // The weights of the outputs begin..end, [end - begin, columns] of `type`. For QL_SCALAR and QL_AVX2.

@@ -160,7 +160,8 @@ def linear(
         return reference.quantized_linear(x, codes, scales, zeros, table, bits, bias, low_rank)
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > weight.most_rows(x.dtype):
-        y = _by_panels(rows, weight)
+        weight = weight.alone()
+        y = _by_panels(rows, weight) if len(rows) > weight.most_rows(x.dtype) else weight.multiply(rows)
         if low_rank is not None:
             y += (rows @ low_rank[1].to(x.dtype).T) @ low_rank[0].to(x.dtype).T
         if bias is not None:

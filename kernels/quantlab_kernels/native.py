@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from copy import copy
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -133,6 +134,14 @@ class Weight:
             left_type=_type("left low-rank factor", left),
             right_type=_type("right low-rank factor", right),
         )
+
+    def alone(self) -> Weight:
+        """This weight without its bias and its low-rank term."""
+        other = copy(self)
+        other._c = _Weight.from_buffer_copy(self._c)
+        other._c.bias = other._c.left = other._c.right = None
+        other._c.rank = 0
+        return other
 
     @property
     def outputs(self) -> int:

@@ -132,7 +132,7 @@ struct Decoder {
     ScaleRows scales, zeros;
 };
 
-// Weights are decoded a panel at a time, into cache, and multiplied there.
+// Outputs begin..end, no more than a panel has: decoded into cache some columns at a time, and multiplied there.
 template <typename C>
 void multiply_panels(const Job &job, const C &codes, int64_t begin, int64_t end) {
     constexpr int64_t kStride = kPanelColumns + 32;  // rows a power of two apart fall onto each other in the cache
@@ -140,14 +140,11 @@ void multiply_panels(const Job &job, const C &codes, int64_t begin, int64_t end)
     Buffer<uint16_t> panel(kPanelOutputs * kStride, false);
     const auto *x = static_cast<const uint16_t *>(job.x);
     const int64_t all = padded<C>(*job.weight);
-    for (int64_t output = begin; output < end; output += kPanelOutputs) {
-        const int64_t outputs = end - output < kPanelOutputs ? end - output : kPanelOutputs;
-        for (int64_t first = 0; first < all; first += kPanelColumns) {
-            const int64_t columns = all - first < kPanelColumns ? all - first : kPanelColumns;
-            decoder.decode(output, output + outputs, first / C::kBlock, columns / C::kBlock, panel.data, kStride);
-            multiply_panel(x + first, job.x_stride, job.rows, panel.data, kStride, outputs, columns, job.y + output,
-                           job.weight->outputs, first > 0);
-        }
+    for (int64_t first = 0; first < all; first += kPanelColumns) {
+        const int64_t columns = all - first < kPanelColumns ? all - first : kPanelColumns;
+        decoder.decode(begin, end, first / C::kBlock, columns / C::kBlock, panel.data, kStride);
+        multiply_panel(x + first, job.x_stride, job.rows, panel.data, kStride, end - begin, columns, job.y + begin,
+                       job.weight->outputs, first > 0);
     }
 }
 

@@ -26,7 +26,8 @@ struct Job {
     bool panels;            // many rows: weights may be rounded to what activations are, and decoded once for all of them
 };
 
-constexpr int64_t kPanelOutputs = 64;  // that are decoded together; with their columns, 256 KB in the second-level cache
+// Outputs that are decoded together, the most of a job with panels; with their columns, 256 KB in the second-level cache.
+constexpr int64_t kPanelOutputs = 64;
 
 // What activations are when they are multiplied: float32 as they stand, or, in an order of the kernel's own, bfloat16 (the
 // table is, too) or integers of 8 bits with scales. All are padded to `padded` columns.

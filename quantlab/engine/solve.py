@@ -13,7 +13,7 @@ from quantlab.compensation import Compensation, make_compensation
 from quantlab.engine.distributed import ALONE, Ranks
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError, RecipeError
-from quantlab.numerics import QTensor, scale_type
+from quantlab.numerics import QTensor, all_finite, scale_type
 from quantlab.numerics.activations import reason_against
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
 from quantlab.quantizers import Quantizer, make_quantizer
@@ -138,12 +138,12 @@ def check_finite(
         CheckpointError: names the layer.
     """
     for layer in layers:
-        if not all(end.isfinite() for end in weights[layer.name].aminmax()):  # NaN is both ends
+        if not all_finite(weights[layer.name]):
             raise CheckpointError(
                 f"{layer.name}: its weight holds NaN or infinity; the checkpoint is damaged, or overflowed when it was "
                 "converted to float16: get it again, or keep this layer as it is with format none"
             )
-    if statistics is not None and statistics.diagonal is not None and not statistics.diagonal.isfinite().all():
+    if statistics is not None and statistics.diagonal is not None and not all_finite(statistics.diagonal):
         names = ", ".join(layer.name for layer in layers)
         raise CheckpointError(
             f"{names}: the inputs that the calibration data make are not finite; the model overflows in "

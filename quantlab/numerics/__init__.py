@@ -1,6 +1,7 @@
 """What a number can be: grids, scales, quantized tensors. Pure functions on tensors."""
 
 from quantlab.numerics.activations import ACTIVATIONS
+from quantlab.numerics.finite import all_finite
 from quantlab.numerics.fit import Sample
 from quantlab.numerics.format import Format, format_called, grid
 from quantlab.numerics.grid import Grid
@@ -19,6 +20,7 @@ __all__ = [
     "Sample",
     "ScaleType",
     "Scales",
+    "all_finite",
     "apply_scales",
     "choose_scales",
     "decode_scales",

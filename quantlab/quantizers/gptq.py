@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from quantlab.errors import QuantlabError, RecipeError
-from quantlab.numerics import Granularity, Grid, QTensor, Scales, scale_type
+from quantlab.numerics import Granularity, Grid, QTensor, Scales, all_finite, scale_type
 from quantlab.problem import InputStatistics, LayerProblem, Rows, Solution, Statistic, require
 from quantlab.quantizers.base import register
 from quantlab.quantizers.rtn import Rtn
@@ -97,8 +97,7 @@ class Gptq:
             solution = Rtn().quantize(problem, scheme)
             return Solution(solution.qtensor, notes=("no calibration token reached it: rounded to nearest",))
         assert statistics.second_moment is not None
-        # Its ends say so, too, and make no copy of what is most of a run's memory. NaN is both ends.
-        if not all(end.isfinite() for end in statistics.second_moment.aminmax()):
+        if not all_finite(statistics.second_moment):
             raise QuantlabError(
                 f"{problem.name}: the second moment of its inputs is not finite: the model overflows on the "
                 "calibration text; convert it to bfloat16 or float32 first, or leave this layer out with format: none"

@@ -70,7 +70,7 @@ class LayerProblem:
 
     Attributes:
         name: for messages.
-        weight: float32 ``[out, in]``.
+        weight: float32 ``[out, in]``; in the dtype that it is stored in, and alone, for a method with ``any_dtype``.
         statistics: of its inputs, or None where the method needs none.
     """
 

@@ -116,8 +116,9 @@ class Scheme:
 
     def grid_for(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Grid:
         """What the codes of this weight mean; its arguments are those of :meth:`choose_scales`."""
-        assert self.known_format is not None, "a layer that stays as it is has no codes"
-        return self.known_format.grid_for(Sample(weight, self.granularity, importance))
+        form = self.known_format
+        assert form is not None, "a layer that stays as it is has no codes"
+        return form.grid_for(Sample(weight if form.fit is None else weight.float(), self.granularity, importance))
 
     def choose_scales(
         self,
@@ -129,7 +130,7 @@ class Scheme:
         """Scales, and zeros where asymmetric, as the scheme wants them; see :func:`quantlab.numerics.choose_scales`.
 
         Args:
-            weight: float32 ``[out, in]``.
+            weight: ``[out, in]``, floating-point.
             grid: what its codes mean.
             importance: ``[in]``, or None.
             granularity: instead of the scheme's own, for a part of a weight.

@@ -3,6 +3,7 @@
 #include "target.h"
 
 #include "avx512_scales.h"
+#include "quantize.h"
 
 #if QL_X86
 #include <immintrin.h>
@@ -42,8 +43,9 @@ void round_row(const void *x, int type, int64_t first, int64_t columns, int8_t *
 
 }  // namespace
 
-void avx512_round_rows(const void *x, int type, int64_t begin, int64_t end, int64_t columns, int8_t *out, float *scales) {
+bool avx512_round_rows(const void *x, int type, int64_t begin, int64_t end, int64_t columns, int8_t *out, float *scales) {
     for (int64_t m = begin; m < end; m++) round_row(x, type, m * columns, columns, out + m * columns, scales + m);
+    return true;
 }
 
 }  // namespace quantlab
@@ -53,7 +55,7 @@ QL_TARGET_END
 #else
 
 namespace quantlab {
-void avx512_round_rows(const void *, int, int64_t, int64_t, int64_t, int8_t *, float *) {}
+bool avx512_round_rows(const void *, int, int64_t, int64_t, int64_t, int8_t *, float *) { return false; }
 }  // namespace quantlab
 
 #endif

@@ -52,9 +52,6 @@ const Kernel *avx2_kernel();
 const Kernel *avx512_kernel();
 const Kernel *avx512_int8_kernel();
 
-// Rows begin..end of x [rows, columns].
-void avx512_round_rows(const void *x, int type, int64_t begin, int64_t end, int64_t columns, int8_t *out, float *scales);
-
 namespace {
 
 inline float bits_to_float(uint32_t bits) {

@@ -173,14 +173,6 @@ int ql_choose(const ql_weight *weight, int activation_type, int64_t rows, int at
     return QL_SCALAR;
 }
 
-int ql_round_rows(const void *x, int type, int64_t rows, int64_t columns, int8_t *out, float *scales, int threads) {
-    if (ql_best_isa() < QL_AVX512) return 1;
-    divide(rows, threads, rows * columns, [&](int64_t begin, int64_t end) {
-        avx512_round_rows(x, type, begin, end, columns, out, scales);
-    });
-    return 0;
-}
-
 int64_t ql_few_rows(const ql_weight *weight, int activation_type, int at_most) {
     return has_panels(*kernel_of(ql_choose(weight, activation_type, 1, at_most)), activation_type) ? kFewRows : kMostRows;
 }

@@ -55,7 +55,51 @@ int64_t ql_most_rows(const ql_weight *weight, int activation_type, int at_most);
 // The weights of the outputs begin..end, [end - begin, columns] of `type`. For QL_SCALAR and QL_AVX2.
 int ql_decode(const ql_weight *weight, void *out, int64_t begin, int64_t end, int type, int isa, int threads);
 
-// x [rows, columns] as integers from -127 to 127 and a scale a row. Returns 1, and does nothing, without QL_AVX512.
+// The rest makes weights rather than running them. It returns 1, and does nothing, without QL_AVX512 (or without memory).
+
+// What codes mean: ascending values, and what lies above border i has a code above i. Without borders the values are
+// consecutive integers, and what lies between two is rounded to the even one.
+typedef struct {
+    const float *values;   // [count]
+    const float *borders;  // [count - 1], or null
+    int32_t count;         // 2 to 256
+} ql_grid;
+
+// A weight in groups of neighbouring inputs, each with a scale.
+typedef struct {
+    const void *values;   // [rows, groups * size] of `type`: one that activations have
+    const float *scales;  // [scale_rows, groups], scale_rows 1 or rows; null where they are asked for
+    const float *zeros;   // like scales, or null
+    int64_t rows, groups, size, scale_rows;
+    int32_t type;
+} ql_groups;
+
+// The element of largest magnitude of each group, with its sign; of several the first. [rows, groups]
+int ql_peaks(const ql_groups *weight, float *peaks, int threads);
+
+// How scales are searched for.
+typedef struct {
+    const float *importance;  // [groups * size], what the squared error of an input counts, or null: all alike
+    const float *factors;     // [count], of the inverse of the scale that the search starts with
+    int32_t count, refits;
+} ql_search_steps;
+
+// Scales [rows, groups] that leave a small squared error: the search starts with `weight->scales`, rounds with each of the factors,
+// then with the best so far, and each time fits a scale to the codes by least squares. Without zeros; a scale of 0 stays.
+int ql_search(const ql_groups *weight, const ql_grid *grid, const ql_search_steps *steps, float *scales, int threads);
+
+// The code nearest to each weight / scale + zero. What is not a number gets code 0. [rows, groups * size]
+int ql_nearest(const ql_groups *weight, const ql_grid *grid, uint8_t *codes, int threads);
+
+// Of each row the sum of (w - (value - zero) * scale)^2 and of w^2, each square times `importance` [groups * size], if not null.
+// [rows]
+int ql_errors(const ql_groups *weight, const ql_grid *grid, const float *importance, const uint8_t *codes, float *errors,
+              float *energies, int threads);
+
+// Codes [rows, columns] of `bits` as dense little-endian bit streams [rows, (columns * bits + 7) / 8].
+int ql_pack(const uint8_t *codes, int64_t rows, int64_t columns, int32_t bits, uint8_t *packed, int threads);
+
+// x [rows, columns] as integers from -127 to 127 and a scale a row.
 int ql_round_rows(const void *x, int type, int64_t rows, int64_t columns, int8_t *out, float *scales, int threads);
 
 #ifdef __cplusplus

@@ -28,7 +28,7 @@ import torch
 ISAS = ("scalar", "avx2", "avx512")  # from the slowest on; all of them round results only
 INT8 = "avx512-int8"  # rounds activations to 8 bits, too: only where it is asked for
 _NUMBERED = (*ISAS, INT8)
-_TYPES = {
+TYPES = {
     torch.float32: 0,
     torch.float16: 1,
     torch.bfloat16: 2,
@@ -150,21 +150,21 @@ class Weight:
 
     def isa(self, dtype: torch.dtype, rows: int = 1) -> str:
         """The instruction set that runs this weight with so many rows of ``dtype``."""
-        return _NUMBERED[self._library.ql_choose(ctypes.byref(self._c), _TYPES[dtype], rows, self._at_most)]
+        return _NUMBERED[self._library.ql_choose(ctypes.byref(self._c), TYPES[dtype], rows, self._at_most)]
 
     def few_rows(self, dtype: torch.dtype) -> int:
         """Up to so many rows of ``dtype`` it is not rounded; for more, panels of it are decoded to ``dtype``."""
-        return int(self._library.ql_few_rows(ctypes.byref(self._c), _TYPES[dtype], self._at_most))
+        return int(self._library.ql_few_rows(ctypes.byref(self._c), TYPES[dtype], self._at_most))
 
     def most_rows(self, dtype: torch.dtype) -> int:
         """Up to so many rows of ``dtype`` go to :meth:`multiply`; for more it pays to :meth:`decode` the weight."""
-        return int(self._library.ql_most_rows(ctypes.byref(self._c), _TYPES[dtype], self._at_most))
+        return int(self._library.ql_most_rows(ctypes.byref(self._c), TYPES[dtype], self._at_most))
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, columns]`` to ``[rows, outputs]``, with the bias and the low-rank term."""
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.outputs, dtype=x.dtype)
-        operands = (x.data_ptr(), y.data_ptr(), x.shape[0], _TYPES[x.dtype])
+        operands = (x.data_ptr(), y.data_ptr(), x.shape[0], TYPES[x.dtype])
         if self._library.ql_linear(ctypes.byref(self._c), 1, *operands, self._at_most, torch.get_num_threads()):
             raise MemoryError(f"no memory for a product of {list(x.shape)} with {self.outputs} outputs")
         return y
@@ -174,8 +174,8 @@ class Weight:
         if out.shape[1] != self.columns or out.shape[0] < end - begin or not out.is_contiguous():
             raise ValueError(f"decoded weights are [{end - begin}, {self.columns}], not {list(out.shape)}")
         at_most = min(self._at_most, ISAS.index("avx2"))
-        isa = self._library.ql_choose(ctypes.byref(self._c), _TYPES[out.dtype], 1, at_most)
-        arguments = (out.data_ptr(), begin, end, _TYPES[out.dtype], isa, torch.get_num_threads())
+        isa = self._library.ql_choose(ctypes.byref(self._c), TYPES[out.dtype], 1, at_most)
+        arguments = (out.data_ptr(), begin, end, TYPES[out.dtype], isa, torch.get_num_threads())
         self._library.ql_decode(ctypes.byref(self._c), *arguments)
         return out[: end - begin]
 
@@ -187,7 +187,7 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     x = x.contiguous()
     codes, scales = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x))
-    arguments = (x.data_ptr(), _TYPES[x.dtype], *x.shape, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+    arguments = (x.data_ptr(), TYPES[x.dtype], *x.shape, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads())
     return None if found.ql_round_rows(*arguments) else (codes, scales)
 
 
@@ -202,9 +202,9 @@ def _address(what: str, tensor: torch.Tensor | None) -> int | None:
 def _type(what: str, tensor: torch.Tensor | None) -> int:
     if tensor is None:
         return 0
-    if tensor.dtype not in _TYPES:
-        raise ValueError(f"{what}: no kernel takes {tensor.dtype}; use one of {', '.join(map(str, _TYPES))}")
-    return _TYPES[tensor.dtype]
+    if tensor.dtype not in TYPES:
+        raise ValueError(f"{what}: no kernel takes {tensor.dtype}; use one of {', '.join(map(str, TYPES))}")
+    return TYPES[tensor.dtype]
 
 
 # -------------------------------------------------------------------------------------- the op that torch calls itself

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from quantlab_kernels import quantizing
+
 # Eight codes of b bits fill exactly b bytes: the unit in which rows are packed and unpacked.
 _UNIT = 8
 # Codes that are packed at once: what lies between two steps stays in the cache.
@@ -34,15 +36,18 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         ValueError: the width is not 1..8, or a code does not fit in it.
     """
     _check_width(bits)
-    if codes.numel() and (int(codes.max()) >> bits or int(codes.min()) < 0):
+    if codes.numel() and (int(codes.max()) >> bits or (codes.dtype != torch.uint8 and int(codes.min()) < 0)):
         raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit in {bits} bits")
     codes = codes.to(torch.uint8).contiguous()
     if bits == 8:
         return codes
     columns = codes.shape[-1]
-    packed = codes.new_empty(*codes.shape[:-1], packed_width(columns, bits))
+    width = packed_width(columns, bits)
     if not codes.numel():
-        return packed
+        return codes.new_empty(*codes.shape[:-1], width)
+    if (found := quantizing.packed(codes, bits, width)) is not None:
+        return found
+    packed = codes.new_empty(*codes.shape[:-1], width)
     step = max(1, _CHUNK // columns)
     parts = codes.view(-1, columns).split(step), packed.view(-1, packed.shape[-1]).split(step)
     for some, out in zip(*parts, strict=True):

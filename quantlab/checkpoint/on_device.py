@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,6 +43,10 @@ class DeviceSource(ModelSource):
     def expect(self, model: nn.Module, select: Select = "") -> None:
         """See :meth:`ModelSource.expect`."""
         self.source.expect(model, select)
+
+    def memory_reused(self) -> AbstractContextManager[None]:
+        """See :meth:`ModelSource.memory_reused`."""
+        return self.source.memory_reused()
 
     def fingerprint(self) -> str:
         """The original's."""

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class ModelSource(ABC):
 
     def expect(self, model: nn.Module, select: Select = "") -> None:  # noqa: B027 - not every source can
         """Say that these tensors will be loaded soon, so that the system may read them while others are at work."""
+
+    def memory_reused(self) -> AbstractContextManager[None]:
+        """Within this, what is unloaded may stay in memory to be loaded into: for who loads block after block."""
+        return nullcontext()
 
     def unload(self, model: nn.Module, select: Select = "") -> None:
         """Undo :meth:`load`: see :func:`unload`."""
@@ -169,6 +174,10 @@ class FolderSource(ModelSource):
             target = next((name for name in names if name in plan), None)
             if target is not None:
                 plan.expect(target)
+
+    def memory_reused(self) -> AbstractContextManager[None]:
+        """See :meth:`ModelSource.memory_reused`."""
+        return self._files.memory_reused()
 
     def fingerprint(self) -> str:
         """See :meth:`ModelSource.fingerprint`; of the files' sizes, times of change and headers."""

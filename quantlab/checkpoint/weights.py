@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from quantlab.checkpoint.buffers import Buffers
 from quantlab.checkpoint.writer import read_header
 from quantlab.errors import CheckpointError
 
@@ -49,6 +51,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What the system is asked to read ahead at once: no more than the smallest read-ahead of usual disks.
+_PIECE = 1 << 19
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 
 
@@ -78,6 +82,7 @@ class WeightFiles:
         self.files = _weight_files(folder)
         self.stored: dict[str, StoredTensor] = {}
         self._bin: dict[str, torch.Tensor] = {}  # mapped, not read
+        self._buffers: Buffers | None = None
         for file in self.files:
             if file.suffix == ".bin":
                 state = _load_bin(file)
@@ -95,7 +100,9 @@ class WeightFiles:
         if name in self._bin:
             return self._bin[name].clone()
         stored = self.stored[name]
-        data = torch.empty(stored.bytes, dtype=torch.uint8)
+        data = (
+            torch.empty(stored.bytes, dtype=torch.uint8) if self._buffers is None else self._buffers.take(stored.bytes)
+        )
         buffer: Any = data.numpy()
         with open(stored.file, "rb", buffering=0) as stream:
             stream.seek(stored.offset)
@@ -107,9 +114,18 @@ class WeightFiles:
                 done += count
         return data.view(stored.dtype).view(stored.shape)
 
+    @contextlib.contextmanager
+    def memory_reused(self) -> Iterator[None]:
+        """Within this, memory that tensors were read into is kept, and read into again once nobody uses it."""
+        self._buffers = Buffers()
+        try:
+            yield
+        finally:
+            self._buffers = None
+
     def expect(self, name: str) -> None:
         """Have a tensor fetched into the system's cache while others are at work; that is no memory of ours."""
-        if name not in self._bin:
+        if name not in self._bin and hasattr(os, "posix_fadvise"):
             _ahead().submit(_fetch, self.stored[name])
 
 
@@ -119,13 +135,11 @@ def _ahead() -> ThreadPoolExecutor:
 
 
 def _fetch(stored: StoredTensor) -> None:
-    """Read a tensor and drop it. (Linux itself, asked to fetch a range, reads no more than a disk's read-ahead.)"""
-    buffer = bytearray(1 << 20)
+    """Ask for a tensor piece by piece: of a longer range Linux reads no more than a disk's read-ahead."""
     # What is wrong with the file is said when it is read for good.
     with contextlib.suppress(OSError), open(stored.file, "rb", buffering=0) as stream:
-        stream.seek(stored.offset)
-        for _ in range(-(-stored.bytes // len(buffer))):
-            stream.readinto(buffer)
+        for start in range(stored.offset, stored.offset + stored.bytes, _PIECE):
+            os.posix_fadvise(stream.fileno(), start, _PIECE, os.POSIX_FADV_WILLNEED)
 
 
 def _weight_files(folder: Path) -> list[Path]:

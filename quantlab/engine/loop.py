@@ -13,7 +13,7 @@ without stopping: the same arithmetic as the first time, so the run ends with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import OUTSIDE, Architecture, add_to_bias, get_weight, replace_tensor, set_weight
 from quantlab.engine.awq import Rescaled, Rescaling
+from quantlab.engine.behind import Behind
 from quantlab.engine.distributed import ALONE, Ranks, SharedJournal
 from quantlab.engine.journal import Journal
 from quantlab.engine.memory import return_freed_memory
@@ -93,7 +94,8 @@ class Run:
         self._load(OUTSIDE, [self.model])
         for twin in models[1:]:
             self._share_outside(twin)
-        outside = self._solve(_unseen([self.plan[name] for name in self.architecture.embeddings if name in self.plan]))
+        looked_up = [self.plan[name] for name in self.architecture.embeddings if name in self.plan]
+        outside = list(self._solve(_unseen(looked_up)))
         lookups = {answer.report.layer: answer.qtensor for answer in outside}
         original = models[1] if shifted else None
         remaining = set(self.architecture.blocks)
@@ -133,7 +135,7 @@ class Run:
         self._load_outside()
         done = {answer.report.layer for answer in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
-        self._commit(OUTSIDE, outside + self._solve(_unseen(rest)))
+        self._commit(OUTSIDE, [*outside, *self._solve(_unseen(rest))])
 
     def _rescale(self, block: str, calibration: Calibration) -> Rescaled:
         """Rescale a block that is still as it was loaded; one that is done already is only passed by the sample."""
@@ -143,16 +145,20 @@ class Run:
         return Rescaled() if self.journal.done(block) else self.rescaling.apply(block, ahead, self._planned(block))
 
     def _execute_unseen(self, blocks: Iterable[str]) -> None:
-        """Quantize the blocks that are not done yet, without any inputs; each rank takes one at a time."""
+        """Quantize the blocks that are not done yet, without any inputs; each rank takes one at a time.
+
+        A block is written while the next one is at work; no more than one waits.
+        """
         left = [block for block in blocks if not self.journal.done(block)]
-        for start in range(0, len(left), self.ranks.size):
-            together, packed = left[start : start + self.ranks.size], None
-            for block in together[self.ranks.rank : self.ranks.rank + 1]:
-                self._load(block, [self.model])
-                packed = self._packed(block, self._solve(_unseen(self._planned(block)), used=False))
-                self._unload(block, [self.model])
-            for owner, block in enumerate(together):
-                self.journal.commit(block, *(self.ranks.to_writer(packed, owner) or ({}, [], {})))
+        with self.source.memory_reused(), Behind() as behind:
+            for start in range(0, len(left), self.ranks.size):
+                together, packed = left[start : start + self.ranks.size], None
+                for block in together[self.ranks.rank : self.ranks.rank + 1]:
+                    self._load(block, [self.model])
+                    packed = self._packed(block, self._solve(_unseen(self._planned(block)), used=False))
+                    self._unload(block, [self.model])
+                for owner, block in enumerate(together):
+                    behind.call(self.journal.commit, block, *(self.ranks.to_writer(packed, owner) or ({}, [], {})))
 
     def _solve(
         self,
@@ -160,7 +166,7 @@ class Run:
         notes: Mapping[str, str] | None = None,
         *,
         used: bool = True,
-    ) -> list[Answer]:
+    ) -> Iterator[Answer]:
         """Solve groups of layers as they come, and put the quantized weights in their places.
 
         Args:
@@ -168,9 +174,9 @@ class Run:
             notes: by layer, to be added to its report.
             used: the model will run through the new weights, on all ranks; otherwise a layer has none from then on.
         """
-        answers = []
         for group, statistics in groups:
-            return_freed_memory()  # before and after a solve: both leave holes where the other's needs do not fit
+            if used:
+                return_freed_memory()  # before and after a solve: both leave holes where the other's needs do not fit
             modules = {layer.name: self.model.get_submodule(layer.name) for layer in group}
             weights = {name: get_weight(module) for name, module in modules.items()}
             if not any(layer.needs for layer in group):
@@ -184,33 +190,38 @@ class Run:
                     module.weight = nn.Parameter(module.get_parameter("weight").to("meta"), requires_grad=False)
                 if answer.bias is not None:
                     add_to_bias(module, answer.bias)
-                answers.append(replace(answer, qtensor=answer.qtensor.to("cpu")))  # the device is for one block
                 self.progress.layer(answer.report)
-            return_freed_memory()
-        return answers
+                yield replace(answer, qtensor=answer.qtensor.to("cpu"))  # the device is for one block
+            if used:
+                return_freed_memory()
 
-    def _commit(self, block: str, answers: list[Answer]) -> None:
+    def _commit(self, block: str, answers: Iterable[Answer]) -> None:
         """Write a block."""
         self.journal.commit(block, *self._packed(block, answers))
 
     def _packed(
-        self, block: str, answers: list[Answer]
+        self, block: str, answers: Iterable[Answer]
     ) -> tuple[dict[str, torch.Tensor], list[LayerReport], dict[str, Storage]]:
-        """What is written of a block: its tensors, and how its layers fared and are stored."""
-        quantized = {answer.report.layer: answer.qtensor for answer in answers}
-        storages = {
-            name: Storage.of(
-                qtensor,
+        """What is written of a block: its tensors, and how its layers fared and are stored.
+
+        Codes are packed as the answers come, and everything that is no quantized weight is taken as it is at the end.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        reports: list[LayerReport] = []
+        storages: dict[str, Storage] = {}
+        for answer in answers:
+            name = answer.report.layer
+            tensors |= layer_tensors(name, answer.qtensor)
+            reports.append(answer.report)
+            storages[name] = Storage.of(
+                answer.qtensor,
                 bias=getattr(self.model.get_submodule(name), "bias", None) is not None,
                 activations=self.plan[name].scheme.activations,
             )
-            for name, qtensor in quantized.items()
-        }
-        reports = [answer.report for answer in answers]
-        return self._tensors(block, quantized), reports, storages
+        return self._unquantized(block, storages) | tensors, reports, storages
 
-    def _tensors(self, block: str, quantized: dict[str, QTensor]) -> dict[str, torch.Tensor]:
-        """Everything that is stored of a block: codes and scales of quantized layers, the rest as it is."""
+    def _unquantized(self, block: str, quantized: Container[str]) -> dict[str, torch.Tensor]:
+        """A block's tensors other than the weights of ``quantized`` layers, as they are; tied ones once."""
         tensors: dict[str, torch.Tensor] = {}
         stored: set[tuple[int, torch.Size]] = set()
         for name, tensor in self.model.state_dict().items():
@@ -219,8 +230,6 @@ class Run:
             if self._belongs(name, block) and owner not in quantized and not tied:
                 tensors[name] = tensor.cpu()
                 stored.add((tensor.data_ptr(), tensor.shape))
-        for name, qtensor in quantized.items():
-            tensors |= layer_tensors(name, qtensor)
         return tensors
 
     def _restore(self, block: str) -> None:

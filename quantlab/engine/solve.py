@@ -51,6 +51,11 @@ class PlannedLayer:
         )
 
     @property
+    def as_stored(self) -> bool:
+        """Whether the layer's weight is read as it is stored, so that no copy is made, alone or stacked on others."""
+        return self.compensation is None and getattr(self.quantizer, "any_dtype", False)
+
+    @property
     def rows_apart(self) -> bool:
         """Whether some outputs can be solved without the others, with the same result."""
         return not self.stands_alone and getattr(self.quantizer, "rows_apart", False)
@@ -100,7 +105,8 @@ def solve(
 ) -> list[Answer]:
     """Quantize layers that share their input.
 
-    Layers of one scheme are stacked along their outputs and solved as one, which costs one factorization and one pass.
+    Layers of one scheme are stacked along their outputs and solved as one, which costs one factorization and one pass;
+    but for methods that take a weight as it is stored and have nothing to share.
 
     Args:
         layers: what to do.
@@ -117,7 +123,7 @@ def solve(
     answers = []
     for _, members in groupby(layers, key=lambda layer: layer.scheme):
         stack = list(members)
-        stacks = [[layer] for layer in stack] if stack[0].stands_alone else [stack]
+        stacks = [[layer] for layer in stack] if stack[0].stands_alone or stack[0].as_stored else [stack]
         for part in stacks:
             answers += _solve_stack(part, [weights[layer.name] for layer in part], statistics, ranks)
     return [_with_note(answer, notes.get(answer.report.layer)) for answer in answers]
@@ -163,7 +169,8 @@ def _solve_stack(
     layers: list[PlannedLayer], weights: list[torch.Tensor], statistics: InputStatistics | None, ranks: Ranks
 ) -> list[Answer]:
     started = time.perf_counter()
-    stacked, rows = _stacked(weights), [len(weight) for weight in weights]
+    stacked = weights[0].contiguous() if layers[0].as_stored else _stacked(weights)
+    rows = [len(weight) for weight in weights]
     problem = LayerProblem(" + ".join(layer.name for layer in layers), stacked, statistics)
     solution = _shared_solution(layers[0], problem, ranks)
     qtensors = [solution.qtensor] if len(layers) == 1 else solution.qtensor.split(rows)
@@ -222,9 +229,11 @@ def _row_errors(
     losses, energies = torch.empty(2, len(weight), device=weight.device)
     known = statistics if statistics is not None and statistics.tokens else InputStatistics(0)
     moment, diagonal = known.second_moment, known.diagonal
+    if moment is None and target is weight and (found := solution.qtensor.row_errors(weight, diagonal)):
+        return *found, "weight" if diagonal is None else "weighted"
     # The whole error would be as large as the weight; a product with the moment wants many rows at once.
     for rows, decoded in solution.qtensor.decoded_rows(None if moment is None else _ROWS):
-        error, own = target[rows] - decoded, weight[rows]
+        error, own = target[rows] - decoded, weight[rows].float()
         if moment is None:
             squares = error.square_(), own.square()
             weighted = squares if diagonal is None else [each.mul_(diagonal) for each in squares]

@@ -90,6 +90,11 @@ class Grid:
         steps = self.values.diff()
         return bool((steps == 1).all()) and self.lowest == round(self.lowest)
 
+    @property
+    def borders(self) -> torch.Tensor | None:
+        """Float32, one fewer than values: what lies above border i has a code above i. None: integers, ties to even."""
+        return None if self.is_integer else self._midpoints
+
     @cached_property
     def _midpoints(self) -> torch.Tensor:
         middles = (self.values[1:].double() + self.values[:-1].double()).div(2).float()

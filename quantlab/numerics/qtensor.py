@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from quantlab_kernels import decode
+from quantlab_kernels import decode, quantizing
 
 from quantlab.numerics.grid import Grid
 from quantlab.numerics.scale import Scales
@@ -111,6 +111,23 @@ class QTensor:
             if self.low_rank is not None and left is not None:
                 part += left[rows] @ self.low_rank.right.float()
             yield rows, part
+
+    def row_errors(
+        self, weight: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Squared error and energy of each row of ``weight [out, in]``, without decoding more than a few at a time.
+
+        Args:
+            weight: what this stands for, in any dtype.
+            importance: ``[in]``, what the square of an input counts; None: all alike.
+
+        Returns:
+            Two float32 ``[out]``; None where no compiled kernel does it.
+        """
+        if self.low_rank is not None:
+            return None
+        groups, scales = weight.unflatten(1, (self.scales.shape[1], -1)), decode_scales(self.scales, self.outer)
+        return quantizing.row_errors(groups, self.codes, scales, self.zeros, self.grid.values, importance)
 
     def stored_bits(self) -> int:
         """Bits that are stored: packed codes, scales, zeros, the table, low-rank factors."""

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from quantlab_kernels import quantizing
 
 from quantlab.numerics.grid import Grid
 from quantlab.numerics.scale_type import OuterScales, ScaleType, decode_scales, scale_type
-from quantlab.numerics.search import asymmetric_scales, symmetric_scales
+from quantlab.numerics.search import asymmetric_scales, compiled_symmetric_scales, symmetric_scales
 
 Granularity = int | str  # a group size along the inputs, "channel" or "tensor"
 
@@ -59,7 +60,7 @@ def choose_scales(
     """Scales, and zeros where asymmetric, for a weight ``[out, in]``.
 
     Args:
-        weight: float32 ``[out, in]``.
+        weight: ``[out, in]``, floating-point; what is computed of it is float32.
         grid: what codes mean.
         granularity: a group size that divides ``in``, ``"channel"`` or ``"tensor"``.
         symmetric: no zero; the scale carries a sign where its type and a lopsided grid let it.
@@ -77,14 +78,7 @@ def choose_scales(
     kind = scale_type(stored)
     groups = group_view(weight, granularity)
     weights = None if importance is None else group_view(importance.expand_as(weight), granularity)
-    chosen = torch.empty(groups.shape[:2], device=weight.device)
-    zeros = None if symmetric else torch.empty_like(chosen)
-    for rows in _chunks(groups):
-        part = None if weights is None else weights[rows]
-        if zeros is None:
-            chosen[rows] = symmetric_scales(groups[rows], grid, search, part, kind.signed)
-        else:
-            chosen[rows], zeros[rows] = asymmetric_scales(groups[rows], grid, search, part)
+    chosen, zeros = _plain_scales(groups, grid, symmetric, search, weights, kind.signed)
     if not grid.has_zero:  # then a group of zeros is as small as its scale
         chosen = torch.where(chosen == 0, torch.finfo(torch.float32).tiny, chosen)
     outer = kind.outer(chosen)
@@ -97,14 +91,33 @@ def choose_scales(
     return Scales(encoded, zeros, outer)
 
 
+def _plain_scales(
+    groups: torch.Tensor, grid: Grid, symmetric: bool, search: bool, weights: torch.Tensor | None, signed: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zeros ``[rows, groups]`` in float32, before they are stored; weights are what squared errors count."""
+    if symmetric and (found := compiled_symmetric_scales(groups, grid, search, weights, signed)) is not None:
+        return found, None
+    chosen = torch.empty(groups.shape[:2], device=groups.device)
+    zeros = None if symmetric else torch.empty_like(chosen)
+    for rows in _chunks(groups):
+        own, part = groups[rows].float(), None if weights is None else weights[rows]
+        if zeros is None:
+            chosen[rows] = symmetric_scales(own, grid, search, part, signed)
+        else:
+            chosen[rows], zeros[rows] = asymmetric_scales(own, grid, search, part)
+    return chosen, zeros
+
+
 def apply_scales(weight: torch.Tensor, grid: Grid, scales: Scales) -> torch.Tensor:
-    """Codes uint8 ``[out, in]`` of the entries nearest to ``weight / scale + zero``."""
+    """Codes uint8 ``[out, in]`` of the entries nearest to ``weight / scale + zero``, for a weight of any dtype."""
     groups = weight.unflatten(1, (scales.scales.shape[1], -1))
     steps, zeros = scales.decode(), scales.zeros
+    if (found := quantizing.nearest_codes(groups, steps, zeros, grid.values, grid.borders)) is not None:
+        return found.flatten(1)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     for rows in _chunks(groups):
         own = rows if len(steps) > 1 else slice(None)  # one for the whole tensor is every row's
-        scaled = groups[rows] / steps[own].unsqueeze(-1)
+        scaled = groups[rows].float() / steps[own].unsqueeze(-1)
         if zeros is not None:
             scaled += zeros[own].float().unsqueeze(-1)
         codes[rows] = grid.nearest(scaled)
@@ -142,7 +155,7 @@ def _candidates(
     if kind.dtype == torch.float8_e8m0fnu:
         plain = _power_of_two(groups, grid) if zeros is None else _power_above(chosen)
     elif search and zeros is None:
-        plain = symmetric_scales(groups, grid, search=False, importance=None, signed=kind.signed)
+        plain, _ = _plain_scales(groups, grid, True, False, None, kind.signed)
     stored = [kind.encode(plain, outer)]
     if search:
         stored = [*kind.neighbours(chosen, outer), *stored]
@@ -154,7 +167,7 @@ def _candidates(
 
 def _power_of_two(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The scale of the Microscaling standard: the largest element's exponent less the grid's largest exponent."""
-    exponents = torch.frexp(groups.abs().amax(-1)).exponent - torch.frexp(torch.tensor(grid.highest)).exponent
+    exponents = torch.frexp(groups.abs().amax(-1).float()).exponent - torch.frexp(torch.tensor(grid.highest)).exponent
     return torch.where(groups.any(-1), _exp2(exponents), 0)
 
 
@@ -188,7 +201,8 @@ def _best_stored(
         for rows in _chunks(groups):
             scale = step[rows].unsqueeze(-1)
             zero = 0 if shift is None else shift[rows].float().unsqueeze(-1)
-            off = grid.round(groups[rows] / scale + zero).sub_(zero).mul_(scale).sub_(groups[rows]).square_()
+            own = groups[rows].float()
+            off = grid.round(own / scale + zero).sub_(zero).mul_(scale).sub_(own).square_()
             error = (off if weights is None else off.mul_(weights[rows])).sum(-1)
             better = error < least[rows]
             least[rows] = torch.where(better, error, least[rows])

@@ -8,6 +8,7 @@ AutoRound). Groups are ``[rows, groups, size]``, what is found for them ``[rows,
 from __future__ import annotations
 
 import torch
+from quantlab_kernels import quantizing
 
 from quantlab.numerics.grid import Grid
 
@@ -36,7 +37,7 @@ def symmetric_scales(
         importance: like ``groups``, what each squared error counts; None if all alike.
         signed: whether scales may be negative.
     """
-    if signed and -grid.lowest != grid.highest:
+    if signed and not _is_level(grid):
         at = groups.abs().argmax(dim=-1, keepdim=True)
         absmax = groups.gather(-1, at) / grid.extreme  # [rows, groups, 1]
     else:
@@ -48,15 +49,50 @@ def symmetric_scales(
         return absmax.squeeze(-1)
     weighted = groups if importance is None else groups * importance
     inverse = torch.where(absmax == 0, 0, 1 / absmax)
-    lopsided = signed and not torch.equal(grid.values, -grid.values.flip(0))
     best_gain = torch.full_like(inverse, -1.0)
     best = absmax.clone()
-    for sign in _ORIENTATIONS if lopsided else (1,):
-        for factor in _FACTORS:
-            _try_scale(groups, grid, importance, weighted, inverse * (sign * factor), best, best_gain)
+    for factor in _factors(grid, signed):
+        _try_scale(groups, grid, importance, weighted, inverse * factor, best, best_gain)
     for _ in range(_REFITS):
         _try_scale(groups, grid, importance, weighted, torch.where(best == 0, 0, 1 / best), best, best_gain)
     return best.squeeze(-1)
+
+
+def compiled_symmetric_scales(
+    groups: torch.Tensor, grid: Grid, search: bool, importance: torch.Tensor | None, signed: bool
+) -> torch.Tensor | None:
+    """:func:`symmetric_scales` by compiled kernels, or None where there are none for this.
+
+    Abs-max scales are the same; searched ones may differ where two scales are as good, by the last bits of a sum.
+
+    Args:
+        groups: as there, but in any dtype that the kernels take.
+        grid: as there.
+        search: as there.
+        importance: as there; the same for each row.
+        signed: as there.
+    """
+    if not _is_level(grid) and not signed:
+        return None  # each end has a peak of its own
+    peaks = quantizing.group_peaks(groups)
+    if peaks is None:
+        return None
+    absmax = peaks.abs() / grid.highest if _is_level(grid) else peaks / grid.extreme
+    if not search:
+        return absmax
+    counts = None if importance is None else importance[0].flatten()
+    return quantizing.search_scales(groups, absmax, grid.values, grid.borders, counts, _factors(grid, signed), _REFITS)
+
+
+def _is_level(grid: Grid) -> bool:
+    """Whether the grid reaches as far below 0 as above."""
+    return -grid.lowest == grid.highest
+
+
+def _factors(grid: Grid, signed: bool) -> list[float]:
+    """What the abs-max scale's inverse is tried times."""
+    lopsided = signed and not torch.equal(grid.values, -grid.values.flip(0))
+    return [sign * factor for sign in (_ORIENTATIONS if lopsided else (1,)) for factor in _FACTORS]
 
 
 def _try_scale(

@@ -12,8 +12,9 @@ from quantlab.registry import Registry
 class Quantizer(Protocol):
     """A rounding method. An implementation is a frozen dataclass whose fields are its options.
 
-    One that rounds each output independently of the others may say so by an attribute ``rows_apart`` that is true:
-    several processes then take some outputs each.
+    Attributes that are true say more of one. ``rows_apart``: it rounds each output independently of the others, so
+    several processes may take some outputs each. ``any_dtype``: it takes weights as they are stored, not in float32,
+    and leaves them as they are; no copy of them is made then.
     """
 
     name: ClassVar[str]

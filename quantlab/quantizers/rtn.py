@@ -18,6 +18,7 @@ class Rtn:
 
     name: ClassVar[str]
     rows_apart: ClassVar[bool] = True
+    any_dtype: ClassVar[bool] = True
 
     def needs(self, scheme: Scheme) -> Statistic:
         """The diagonal of the second moment, only to weight the scale search."""

@@ -20,10 +20,57 @@ uint8_t any_byte(int64_t i) { return uint8_t(i * 2654435761u >> 13); }
 int8_t any_zero(int64_t i) { return int8_t(i % 9 - 4); }
 float any_value(int64_t i) { return float(i % 17) - 8.0f; }
 float integer(int64_t i) { return float(i) - 3.0f; }
+float between(int64_t i) { return float(i) - 2.5f; }
+float positive(int64_t i) { return float(i % 7) + 0.25f; }
+
+// Quantizes a weight of every type to every kind of grid; whether all went well.
+bool quantize(int64_t rows, int64_t groups, int64_t size) {
+    const int64_t columns = groups * size;
+    auto halves = filled<uint16_t>(rows * columns, small_bfloat16);
+    auto floats = filled<float>(rows * columns, any_value);
+    auto zeros = filled<float>(rows * groups, any_value);
+    auto importance = filled<float>(columns, positive);
+    auto peaks = filled<float>(rows * groups, positive), scales = filled<float>(rows * groups, positive);
+    auto errors = filled<float>(rows, positive), energies = filled<float>(rows, positive);
+    std::unique_ptr<uint8_t[]> codes(new uint8_t[size_t(rows * columns)]);
+    for (int type = QL_FLOAT32; type <= QL_BFLOAT16; type++)
+        for (int count : {2, 4, 15, 16, 31, 64, 65, 253, 256}) {
+            auto values = filled<float>(count, integer), borders = filled<float>(count - 1, between);
+            for (const float *table : {static_cast<const float *>(borders.get()), static_cast<const float *>(nullptr)})
+                for (const float *counts : {static_cast<const float *>(importance.get()), static_cast<const float *>(nullptr)}) {
+                    const float factors[] = {1.0f, 0.9f, -1.0f, 1.1f, 0.8f};
+                    const ql_grid grid = {values.get(), table, count};
+                    const ql_search_steps steps = {counts, factors, 5, 2};
+                    ql_groups weight = {};
+                    weight.values = type == QL_FLOAT32 ? static_cast<const void *>(floats.get()) : halves.get();
+                    weight.rows = weight.scale_rows = rows;
+                    weight.groups = groups;
+                    weight.size = size;
+                    weight.type = type;
+                    if (ql_peaks(&weight, peaks.get(), 2)) return false;
+                    weight.scales = peaks.get();
+                    if (ql_search(&weight, &grid, &steps, scales.get(), 2)) return false;
+                    weight.scales = scales.get();
+                    weight.zeros = counts ? zeros.get() : nullptr;
+                    if (ql_nearest(&weight, &grid, codes.get(), 2)) return false;
+                    if (ql_errors(&weight, &grid, counts, codes.get(), errors.get(), energies.get(), 2)) return false;
+                }
+        }
+    for (int bits = 1; bits <= 8; bits++) {
+        std::unique_ptr<uint8_t[]> packed(new uint8_t[size_t(rows * ((columns * bits + 7) / 8))]);
+        if (ql_pack(codes.get(), rows, columns, bits, packed.get(), 2)) return false;
+    }
+    return true;
+}
 
 }  // namespace
 
 int main() {
+    if (ql_best_isa() >= QL_AVX512)
+        for (int64_t rows : {1, 18})
+            for (int64_t groups : {1, 3})
+                for (int64_t size : {1, 7, 16, 33, 64})
+                    if (!quantize(rows, groups, size)) return 1;
     long products = 0;
     const int64_t shapes[][2] = {{64, 1},  {128, 2}, {256, 4}, {576, 9}, {96, 1}, {96, 4}, {520, 65}, {72, 9},
                                  {33, 1},  {39, 3},  {1, 1},   {1024, 2}, {192, 2}, {640, 5}, {1000, 1}, {2112, 33}};

@@ -97,7 +97,7 @@ def memory_needs(plan: Plan, architecture: Architecture, model: nn.Module, token
     outside, block = sizes.pop(OUTSIDE, 0), max(sizes.values())
     shifted = bool(tokens) and any(Statistic.SHIFT in layer.needs for layer in plan.values())
     twins = 2 if shifted else 1
-    codes = max(_by_block(plan).values(), default=0)  # a byte each until the block is written
+    packed = max(_stored_by_block(plan).values(), default=0)  # waits until the block is written
     widest, narrowest = (pick(layer.shape[1] for layer in plan.values()) for pick in (max, min))
     element = next(model.parameters()).element_size()
     together = _solved_together(plan)
@@ -105,10 +105,10 @@ def memory_needs(plan: Plan, architecture: Architecture, model: nn.Module, token
         statistics, solving, movable = max((_to_solve(layers) for layers in together), key=lambda parts: sum(parts[:2]))
     else:
         statistics = movable = 0
-        solving = _FLOAT * 3 * max(layer.shape[0] * layer.shape[1] for layer in plan.values()) // 2
+        solving = packed + max(map(_to_round, plan.values()))  # one block waits, another is written meanwhile
     return Memory(
         libraries=psutil.Process().memory_info().rss,
-        weights=max(outside, twins * block + (codes if tokens else 0)),
+        weights=max(outside, twins * block + packed),
         states=twins * tokens * (widest + narrowest) * element,  # the residual stream, and the widest input
         statistics=statistics,
         solving=solving,
@@ -124,6 +124,11 @@ def _to_solve(layers: list[PlannedLayer]) -> tuple[int, int, int]:
     matrices, movable = (5, 3) if shifted else (2, 1)  # the moment and its factor; a solve's own copy, and two shifts
     weights = rows * width * (_FLOAT * (2 if shifted else 1) + 1)  # as they are, their target; codes
     return matrices * matrix, weights + _FLOAT * _COPIES * min(rows * width, _CHUNK), movable * matrix
+
+
+def _to_round(layer: PlannedLayer) -> int:
+    """Bytes of what is made of a layer that is solved by itself, without inputs: codes, and a copy where one is made."""
+    return layer.shape[0] * layer.shape[1] * (1 if layer.as_stored else _FLOAT * 3 // 2)
 
 
 def _solved_together(plan: Plan) -> list[list[PlannedLayer]]:
@@ -190,11 +195,11 @@ def _in_words(layer: PlannedLayer) -> str:
     return f"{scheme.format}, {scales}, {scheme.quantizer}{compensation}{activations}"
 
 
-def _by_block(plan: Plan) -> Counter[str]:
-    weights: Counter[str] = Counter()
+def _stored_by_block(plan: Plan) -> Counter[str]:
+    stored: Counter[str] = Counter()
     for layer in plan.values():
-        weights[layer.block] += layer.shape[0] * layer.shape[1]
-    return weights
+        stored[layer.block] += stored_bytes(planned_storage(layer))
+    return stored
 
 
 @torch.no_grad()

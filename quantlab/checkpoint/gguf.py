@@ -103,6 +103,15 @@ def import_gguf(
     return folder
 
 
+def gguf_weights(path: Path) -> int:
+    """How many weights a file holds.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    return sum(int(tensor.n_elements) for tensor in _open(_existing(path)).tensors)
+
+
 def _existing(path: Path) -> Path:
     path = Path(path).expanduser().resolve()
     if not path.is_file():

@@ -33,24 +33,60 @@ def _answer(folder: str, dtype: str, ours: bool, request: dict[str, Any]) -> dic
     transformers.logging.disable_progress_bar()
     if ours:
         import_module("quantlab")  # which registers the format
-    config = transformers.AutoConfig.from_pretrained(folder)
-    named = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
-    loaded: Any = named.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    model, info = loaded
-    model.eval()
+    prompts = torch.tensor(request["prompts"])
     with torch.no_grad():
-        done = model(input_ids=torch.tensor(request["prompts"]))
-        logprobs = (done.logits if "logits" in done else done[0]).float().log_softmax(-1)
-        found = logprobs.gather(-1, torch.tensor(request["tokens"])).tolist()
+        model, info = _loaded(folder, dtype)
+        try:
+            done, decoded = model(input_ids=prompts), _decoded(model)
+        except RuntimeError:
+            if ours or dtype == "auto":
+                raise
+            # compressed-tensors (0.20) decodes some formats to bfloat16 whatever the model is loaded in. So they are
+            # decoded as it does, which the first forward brings about, and what follows is done in float32.
+            del model
+            model, info = _loaded(folder, "auto")
+            model(input_ids=prompts[:1, :1])
+            decoded = _name(model.dtype)
+            done = model.float()(input_ids=prompts)
+        logits = done.logits if "logits" in done else done[0]
+        logprobs = logits.float().log_softmax(-1).gather(-1, torch.tensor(request["tokens"])).tolist()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     shared = None if head is None else getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
-    odd = {key: sorted(map(str, value))[:4] for key, value in info.items() if value}
     return {
-        "logprobs": found,
-        "odd": odd,
+        "logprobs": logprobs,
+        "computed": _name(logits.dtype),
+        "decoded": decoded,
+        "odd": {key: sorted(map(str, value))[:4] for key, value in info.items() if value},
         "tied": shared,
         "ties": bool(model.config.get_text_config().tie_word_embeddings),
     }
+
+
+def _loaded(folder: str, dtype: str) -> Any:
+    """The model, and what transformers has to say of how it was loaded."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    named = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
+    more = {}
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") == "gptq":  # its plain kernel: others are compiled first, for minutes
+        torch.compiler.set_stance("force_eager")
+        more["quantization_config"] = transformers.GPTQConfig(bits=quantized["bits"], backend="gptq_torch")
+    loaded: Any = named.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
+    model, info = loaded
+    return model.eval(), info
+
+
+def _decoded(model: Any) -> str:
+    """What weights are rounded to when they are decoded: GPTQModel does so in the dtype of its scales."""
+    scales = [module.scales for module in model.modules() if hasattr(module, "qweight")]
+    return _name(scales[0].dtype if scales else model.dtype)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -34,20 +34,19 @@ def _answer(folder: str, dtype: str, ours: bool, request: dict[str, Any]) -> dic
     if ours:
         import_module("quantlab")  # which registers the format
     prompts = torch.tensor(request["prompts"])
+    model, info = _loaded(folder, dtype)
     with torch.no_grad():
-        model, info = _loaded(folder, dtype)
         try:
-            done, decoded = model(input_ids=prompts), _decoded(model)
+            done = model(input_ids=prompts)
+            decoded = _decoded(model)
         except RuntimeError:
-            if ours or dtype == "auto":
+            # compressed-tensors (0.20) decodes some formats to bfloat16, at the first forward, whatever a model is
+            # loaded in. They stay decoded so, and are computed with in float32.
+            decoded = _decoded(model)
+            if ours or dtype == "auto" or not decoded:
                 raise
-            # compressed-tensors (0.20) decodes some formats to bfloat16 whatever the model is loaded in. So they are
-            # decoded as it does, which the first forward brings about, and what follows is done in float32.
-            del model
-            model, info = _loaded(folder, "auto")
-            model(input_ids=prompts[:1, :1])
-            decoded = _name(model.dtype)
-            done = model.float()(input_ids=prompts)
+            torch.nn.Module.float(model)
+            done = model(input_ids=prompts)
         logits = done.logits if "logits" in done else done[0]
         logprobs = logits.float().log_softmax(-1).gather(-1, torch.tensor(request["tokens"])).tolist()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -79,10 +78,15 @@ def _loaded(folder: str, dtype: str) -> Any:
     return model.eval(), info
 
 
-def _decoded(model: Any) -> str:
-    """What weights are rounded to when they are decoded: GPTQModel does so in the dtype of its scales."""
-    scales = [module.scales for module in model.modules() if hasattr(module, "qweight")]
-    return _name(scales[0].dtype if scales else model.dtype)
+def _decoded(model: Any) -> dict[str, str]:
+    """The weights that were rounded to another dtype than float32 when they were decoded, and to which."""
+    import torch
+
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for name, module in model.named_modules():
+        if hasattr(module, "qweight"):  # of GPTQModel, which decodes in the dtype of its scales
+            dtypes[f"{name}.weight"] = module.scales.dtype
+    return {name: _name(dtype) for name, dtype in dtypes.items() if dtype != torch.float32}
 
 
 def _name(dtype: Any) -> str:

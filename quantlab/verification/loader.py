@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from quantlab.checkpoint.native import QUANT_METHOD
+from quantlab.checkpoint.quantized import DIGEST, INEXACT
 from quantlab.checkpoint.skeleton import empty_model, model_class
 from quantlab.checkpoint.weights import WeightFiles
 from quantlab.checkpoint.writer import weight_bytes
@@ -93,6 +94,14 @@ def quant_method(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: has no readable config.json ({error})") from error
     return (config.get("quantization_config") or {}).get("quant_method")
+
+
+def inexact_layers(folder: Path) -> int:
+    """How many layers of an exported folder are not what the codes meant, as the export noted."""
+    try:
+        return int(json.loads((folder / DIGEST).read_text(encoding="utf-8")).get(INEXACT, 0))
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 def rounds_inputs(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def decoded_logits(
     folder: QuantizedFolder,
     prompts: Sequence[Sequence[int]],
     *,
-    through: torch.dtype = torch.float32,
+    through: Mapping[str, torch.dtype] | None = None,
     shaken: bool = False,
 ) -> torch.Tensor:
     """Logits ``[prompts, length, vocabulary]`` of prompts of one length, in float32, by weights decoded from codes.
@@ -34,11 +34,10 @@ def decoded_logits(
     Args:
         folder: the model.
         prompts: token ids.
-        through: a dtype that decoded weights are rounded to, as some loaders do, before they are float32 again.
+        through: dtypes that decoded weights, by name, are rounded to before they are float32 again, as some loaders do.
         shaken: move what comes into each module in the last prompt by :data:`SHAKE` of itself, up or down at random.
     """
     model = folder.skeleton(dtype=torch.float32)
-    quantized = {f"{name}.weight" for name in folder.layers}
     for name, storage in folder.layers.items():
         if storage.activations != "none":
             model.get_submodule(name).register_forward_pre_hook(
@@ -47,9 +46,9 @@ def decoded_logits(
 
     def load(model: nn.Module, names: set[str]) -> None:
         folder.load(model, names)
-        if through != torch.float32:
-            for tensor, places in selected(model, (names & quantized).__contains__):
-                assign(places, tensor.to(through).float())
+        for name in names & (through or {}).keys():
+            for tensor, places in selected(model, name.__eq__):
+                assign(places, tensor.to((through or {})[name]).float())
 
     return _streamed(model, load, prompts, shaken)
 

@@ -87,11 +87,13 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     other = None if against is None else resolve(against)
     if path.suffix == ".gguf":
         digest, source = _reference(path.parent, other)
-        with _imported(path) as folder:
-            return Verification(path, tuple(_load_checks(folder, digest, "this package's GGUF reader", source)))
+        with _imported(path) as (folder, inexact):
+            found = _load_checks(folder, digest, "this package's GGUF reader", source, inexact)
+            return Verification(path, tuple(found))
     if loader.quant_method(path) != QUANT_METHOD:
         digest, source = _reference(path, other)
-        return Verification(path, tuple(_load_checks(path, digest, "transformers", source)))
+        found = _load_checks(path, digest, "transformers", source, loader.inexact_layers(path))
+        return Verification(path, tuple(found))
     opened = QuantizedFolder(path)
     found = _static_checks(opened)
     stored = Digest.stored(path)
@@ -135,7 +137,9 @@ def _static_checks(folder: QuantizedFolder) -> list[Check]:
     return found
 
 
-def _load_checks(folder: Path, digest: Digest, loaded_by: str, source: QuantizedFolder | None = None) -> list[Check]:
+def _load_checks(
+    folder: Path, digest: Digest, loaded_by: str, source: QuantizedFolder | None = None, inexact: int = 0
+) -> list[Check]:
     """Load the folder in a process of its own and hold its predictions against a digest.
 
     Args:
@@ -143,6 +147,7 @@ def _load_checks(folder: Path, digest: Digest, loaded_by: str, source: Quantized
         digest: what it is to say.
         loaded_by: who loads it.
         source: the folder that it was exported from, if that is known.
+        inexact: how many layers are not what the codes meant.
     """
     name = f"{loaded_by} loads it, in a process of its own"
     dtype, reason = loader.affordable(folder)
@@ -158,17 +163,21 @@ def _load_checks(folder: Path, digest: Digest, loaded_by: str, source: Quantized
     if answer["tied"] is not None:
         said = "tied" if answer["ties"] else "not tied"
         found.append(Check("head and embedding are what config.json says", answer["tied"] == answer["ties"], said))
-    computed, decoded = answer["computed"], answer["decoded"]
+    computed, decoded = answer["computed"], next(iter(answer["decoded"].values()), "float32")
     if computed == "float32" != decoded and source is not None and _rounded_once(source):
-        through = decoded_logits(source, digest.prompts, through=getattr(torch, decoded))
-        digest, decoded = replace(digest, logprobs=digest.gathered(through)), "float32"
+        through = {name: getattr(torch, dtype) for name, dtype in answer["decoded"].items()}
+        logits = decoded_logits(source, digest.prompts, through=through)
+        digest, decoded = replace(digest, logprobs=digest.gathered(logits)), "float32"
     check = "its predictions are those of the codes"
+    if inexact:
+        far = f"{digest.divergence(answer['logprobs']):.1e} nats a token apart"
+        return [*found, Check(check, None, f"{far}: {inexact} layers were made something else when it was exported")]
     found.append(_compared(check, digest, answer["logprobs"], loader.rounds_inputs(folder), computed, decoded))
     return found
 
 
 def _rounded_once(source: QuantizedFolder) -> bool:
-    """Whether a loader that decodes to 16 bits rounds each weight once: two levels of scales it rounds in its own way."""
+    """Whether a loader that decodes to 16 bits rounds each weight once, and not its scales of two levels before."""
     return not any(storage.outer_scales for storage in source.layers.values())
 
 
@@ -232,19 +241,22 @@ def _logits(run: Callable[..., torch.Tensor], prompts: Sequence[Sequence[int]]) 
 
 
 @contextmanager
-def _imported(path: Path) -> Iterator[Path]:
+def _imported(path: Path) -> Iterator[tuple[Path, int]]:
     """A GGUF file as a folder for transformers, in float32 and gone afterwards; where memory is short, as it is cached.
+
+    Also how many of its tensors are not what the codes meant.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    if not loader.enough_memory(loader.bytes_of(gguf_weights(path), torch.float32)):
-        yield cached_gguf(path)
+    weights, inexact = gguf_weights(path)
+    if not loader.enough_memory(loader.bytes_of(weights, torch.float32)):
+        yield cached_gguf(path), inexact
         return
     places = cache_dir() / "gguf"
     places.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=places) as folder:
-        yield import_gguf(path, Path(folder) / path.stem, dtype=torch.float32)
+        yield import_gguf(path, Path(folder) / path.stem, dtype=torch.float32), inexact
 
 
 def _some(wrong: list[str]) -> str:

@@ -10,7 +10,6 @@ import torch
 
 from quantlab.numerics import all_finite
 
-
 NAN, INFINITY = float("nan"), float("inf")
 ODD = [
     *product((torch.float32, torch.float64, torch.float16, torch.bfloat16), (NAN, INFINITY, -INFINITY)),

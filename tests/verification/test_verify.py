@@ -25,14 +25,13 @@ from transformers import (
 )
 
 import quantlab
-from quantlab.checkpoint.native import QUANT_METHOD
 from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
 from quantlab.errors import CheckpointError
 from quantlab.export import export
-from quantlab.verification import verify as verify_
 from quantlab.verification import fresh, loader
+from quantlab.verification import verify as verify_
 from quantlab.verification.digest import Digest
-from quantlab.verification.streamed import SHAKE, decoded_logits
+from quantlab.verification.streamed import decoded_logits
 
 SIZES = {
     "vocab_size": 200,
@@ -62,29 +61,8 @@ def folder_of(tmp_path, name="llama", **changes):
     return tmp_path / "quantized"
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The program for a process of its own, run in this one: the same answer, sooner."""
-
-    def answer(folder, dtype, digest):
-        ours = loader.quant_method(folder) == QUANT_METHOD
-        try:
-            return json.loads(json.dumps(fresh._answer(str(folder), dtype, ours, digest.to_dict())))
-        except ImportError as error:
-            return {"missing": str(error)}
-        except Exception as error:
-            return {"error": str(error)}
-
-    monkeypatch.setattr(loader, "answer", answer)
-
-
 def wrong(done):
     return {check.name: check.detail for check in done.checks if check.passed is False}
-
-
-def apart(check):
-    """How far apart log-probabilities are, and how far they may be, as a check says."""
-    return tuple(map(float, re.findall(r"at most (\S+) apart, (\S+) allowed", check.detail)[0]))
 
 
 def change(folder, name, edit):
@@ -139,7 +117,7 @@ def test_a_process_of_its_own_answers(tmp_path):
     done = verify_(folder_of(tmp_path))
     assert done.passed, done.failure
     checked = next(check for check in done.checks if check.name == "its predictions are those of the codes")
-    far, allowed = apart(checked)
+    far, allowed = map(float, re.findall(r"at most (\S+) apart, (\S+) allowed", checked.detail)[0])
     assert far <= allowed < 2e-3
 
 

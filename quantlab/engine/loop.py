@@ -186,6 +186,7 @@ class Run:
                     add_to_bias(module, answer.bias)
                 answers.append(replace(answer, qtensor=answer.qtensor.to("cpu")))  # the device is for one block
                 self.progress.layer(answer.report)
+            del weights, statistics  # the next group's come while this one's would be waiting to be replaced
             return_freed_memory()
         return answers
 

@@ -196,8 +196,8 @@ def _compared(
     far, limit = digest.difference(logprobs), largest_difference(digest.sensitivity, computed, decoded)
     apart = f"log-probabilities at most {far:.1e} apart"
     if limit is None:
-        older = "the digest is an older quantlab's, which does not say what rounding does to this model"
-        return Check(name, None, f"{apart} in {decoded}; {older}: name the folder that it was exported from: --against")
+        unknown = f"what rounding to {decoded} does to this model the digest, an older quantlab's, does not say"
+        return Check(name, None, f"{apart}; {unknown}; name the folder that it was exported from: --against DIR")
     ways = [f"computed in {computed}"] if computed != "float32" else []
     ways += [f"weights decoded to {decoded}"] if decoded != "float32" else []
     return Check(name, far <= limit, ", ".join([apart, f"{limit:.1e} allowed", *ways]))
@@ -223,7 +223,7 @@ def _reference(beside: Path, other: Path | None) -> tuple[Digest, QuantizedFolde
             prompts = _prompts(source)
             digest = Digest.of(prompts, *_logits(partial(decoded_logits, source), prompts))
         return digest, source
-    if digest is None or digest.sensitivity is None:
+    if digest is None:
         original = open_source(other)
         prompts = prompts_for(other, original.config.get_text_config().vocab_size)
         digest = Digest.of(prompts, *_logits(partial(original_logits, original), prompts))

@@ -16,7 +16,9 @@ import os
 import resource
 import shutil
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors.torch import save_file
@@ -60,16 +62,21 @@ def make(folder: Path, layers: int, width: int, inner: int, vocabulary: int) -> 
 def _random(shape: torch.Size, pool: torch.Tensor, name: str) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=pool.dtype)
-    count, start = shape.numel(), hash(name) % 4096
+    count, start = shape.numel(), crc32(name.encode()) % 4096
     return pool[start:].repeat(-(-count // (len(pool) - start)))[:count].mul_(shape[-1] ** -0.5).view(shape)
 
 
 def run(folder: Path, out: Path, arguments: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    process = context.Process(target=_quantize, args=(folder, out, arguments, answers))
+    answer, ours = context.Pipe(duplex=False)
+    process = context.Process(target=_quantize, args=(folder, out, arguments, ours))
     process.start()
-    found = answers.get()
+    ours.close()  # so that its end is seen if the process fails
+    try:
+        found = answer.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"the process that quantizes ended with code {process.exitcode} and no answer") from None
     process.join()
     found["GB"] = {
         "checkpoint": _gigabytes(folder),
@@ -81,18 +88,20 @@ def run(folder: Path, out: Path, arguments: argparse.Namespace) -> None:
         shutil.rmtree(out)
 
 
-def _quantize(folder: Path, out: Path, arguments: argparse.Namespace, answers: multiprocessing.SimpleQueue) -> None:
+def _quantize(folder: Path, out: Path, arguments: argparse.Namespace, answer: Connection) -> None:
     from quantlab import quantize
     from quantlab.cli.tracker import Tracker  # noqa: F401 - counted as a library
 
     before = _peak()
-    tokens = torch.randint(3, 32000, (arguments.samples, arguments.length), generator=torch.Generator().manual_seed(0))
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    shape = (arguments.samples, arguments.length)
+    tokens = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=torch.Generator().manual_seed(0))
     started, cpu = time.perf_counter(), time.process_time()
     more = {} if arguments.memory is None else {"memory": arguments.memory}
     result = quantize(
         folder, arguments.recipe, out, overrides=arguments.set, calibration=tokens, overwrite=True, **more
     )
-    answers.put(
+    answer.send(
         {
             "recipe": arguments.recipe,
             "settings": arguments.set,

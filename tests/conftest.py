@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def reference_kernel():
     """Quantized layers compute with the decoded weight exactly: for tests that compare to the bit."""
     with quantlab_kernels.force("reference"):
         yield
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The program by which verification loads a folder in a process of its own, run in this one."""
+    from quantlab.checkpoint.native import QUANT_METHOD
+    from quantlab.verification import fresh, loader
+
+    def answer(folder, dtype, digest):
+        ours = loader.quant_method(folder) == QUANT_METHOD
+        try:
+            return json.loads(json.dumps(fresh._answer(str(folder), dtype, ours, digest.to_dict())))
+        except ImportError as error:
+            return {"missing": str(error)}
+        except Exception as error:
+            return {"error": str(error)}
+
+    monkeypatch.setattr(loader, "answer", answer)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from quantlab.checkpoint.quantized import INEXACT
 from quantlab.errors import CheckpointError
 
 Progress = Callable[[int, int, str], None]
@@ -101,6 +102,16 @@ def import_gguf(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def gguf_weights(path: Path) -> tuple[int, int]:
+    """How many weights a file holds, and how many of its tensors quantlab says to be inexact.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read.
+    """
+    reader = _open(_existing(path))
+    return sum(int(tensor.n_elements) for tensor in reader.tensors), _field(reader, f"quantlab.{INEXACT}", 0)
 
 
 def _existing(path: Path) -> Path:

@@ -24,6 +24,9 @@ from quantlab.numerics import QTensor
 DIGEST = "verification.json"
 """What the model says of a few prompts, kept beside it: see :mod:`quantlab.verification`."""
 
+INEXACT = "inexact_layers"
+"""In an export's digest, and under ``quantlab.`` in a GGUF file: how many layers are not what the codes meant."""
+
 # Bytes of tensors, as they are stored, that are worked on at once: what a shard of a new folder comes to hold.
 _PART = 1 << 30
 

@@ -192,6 +192,7 @@ class Run:
                     add_to_bias(module, answer.bias)
                 self.progress.layer(answer.report)
                 yield replace(answer, qtensor=answer.qtensor.to("cpu"))  # the device is for one block
+            del weights, statistics  # the next group's come while this one's would be waiting to be replaced
             if used:
                 return_freed_memory()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
+from quantlab.checkpoint.quantized import DIGEST, INEXACT, QuantizedFolder
 from quantlab.checkpoint.writer import CheckpointWriter, shard_name
 from quantlab.errors import CheckpointError
 from quantlab.nn import Storage
@@ -186,10 +187,13 @@ def check_biases(source: QuantizedFolder, modules: Mapping[str, nn.Module], form
         )
 
 
-def copy_digest(source: Path, folder: Path) -> None:
-    """Take along what the model said of a few prompts, where that is known: the export is to say the same."""
-    if (source / DIGEST).is_file():
-        shutil.copyfile(source / DIGEST, folder / DIGEST)
+def copy_digest(source: Path, writer: CheckpointWriter, layers: Iterable[ExportedLayer]) -> None:
+    """Take along what the model said of a few prompts, where that is known, and how many layers say something else."""
+    known = json.loads((source / DIGEST).read_text(encoding="utf-8")) if (source / DIGEST).is_file() else {}
+    if inexact := sum(not layer.exact for layer in layers):
+        known[INEXACT] = inexact
+    if known:
+        writer.write_json(DIGEST, known)
 
 
 def write_parts(

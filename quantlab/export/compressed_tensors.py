@@ -87,7 +87,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, fuse
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         writer.finish(plain_config(source), _config(schemes, linear), source.folder)
         notes = _save_corrections(source, folder, out) if not requantize else ()
-        copy_digest(source.folder, folder)
+        copy_digest(source.folder, writer, done)
         size = weight_bytes(folder)
     return Export(out, "compressed-tensors", tuple(done), size, notes)
 

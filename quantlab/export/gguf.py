@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from quantlab.checkpoint.quantized import QuantizedFolder
+from quantlab.checkpoint.quantized import INEXACT, QuantizedFolder
 from quantlab.checkpoint.source import open_source
 from quantlab.errors import CheckpointError
 from quantlab.export.base import CannotHoldError, Export, ExportedLayer
@@ -91,6 +91,8 @@ def export(
         done = plan.write(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(done))
+        if plan.inexact:
+            writer.add_uint32(f"quantlab.{INEXACT}", plan.inexact)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -102,7 +104,12 @@ def export(
 
 
 class _Plan:
-    """One model on its way into a file."""
+    """One model on its way into a file.
+
+    Attributes:
+        notes: what a person should know.
+        inexact: tensors so far that are not what they were.
+    """
 
     def __init__(
         self,
@@ -123,6 +130,7 @@ class _Plan:
         self.original = None if original is None else open_source(Path(original).expanduser())
         self.skeleton = None if self.original is None else self.original.skeleton()
         self.importance = importance_of(source, importance, original)
+        self.inexact = 0
 
     def write(self, writer: gguf.GGUFWriter) -> list[ExportedLayer]:
         """Add every tensor; what became of the quantized layers."""
@@ -134,6 +142,7 @@ class _Plan:
                 data, kind, report = self._layer(name)
                 self._add(writer, f"{name}.weight", data, kind)
                 done.append(report)
+                self.inexact += not report.exact
         return done
 
     def _layer(self, name: str) -> tuple[torch.Tensor, str, ExportedLayer]:
@@ -193,6 +202,7 @@ class _Plan:
         if wanted:
             kind = self._fitting(name, wanted, tensor.shape[1])
             self._add(writer, name, self._made(stem, tensor.float(), kind), kind)
+            self.inexact += kind != "f32" and _DENSE.get(kind) != tensor.dtype
             return
         kind = next((kind for kind, dtype in _DENSE.items() if dtype == tensor.dtype), "f32")
         self._add(writer, name, self._made(name, tensor, kind), kind)

@@ -96,7 +96,7 @@ def export(source: QuantizedFolder, out: Path, *, requantize: bool = False, vers
         writer.write_json("quantize_config.json", described)
         writer.finish(plain_config(source), described, source.folder)
         notes = _notes(source, folder, out, described, kinds, requantize)
-        copy_digest(source.folder, folder)
+        copy_digest(source.folder, writer, done)
         size = weight_bytes(folder)
     return Export(out, "gptq", tuple(done), size, notes)
 

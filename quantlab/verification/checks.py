@@ -11,7 +11,7 @@ from quantlab.engine.quantize import RECIPE
 from quantlab.errors import QuantlabError
 from quantlab.export.base import fused_sets
 from quantlab.nn import Storage
-from quantlab.numerics import decode_scales, scale_type
+from quantlab.numerics import all_finite, decode_scales, scale_type
 from quantlab.recipe import Recipe, Scheme, load_recipe
 
 
@@ -25,16 +25,14 @@ def unsound_tensors(folder: QuantizedFolder) -> list[str]:
             wrong.append(str(error))
             continue
         scales = decode_scales(qtensor.scales, qtensor.outer)
-        parts = [scales] if qtensor.low_rank is None else [scales, qtensor.low_rank.product()]
-        if not all(bool(part.isfinite().all()) for part in parts):
+        repair = qtensor.low_rank
+        parts = [scales] if repair is None else [scales, repair.scaled_left(), repair.right]
+        if not all(map(all_finite, parts)):
             wrong.append(f"{name}: has scales or corrections that are no numbers")
-        elif not bool((scales != 0).all()):
+        elif not bool(scales.all()):
             wrong.append(f"{name}: has scales that are 0")
-    for name in folder.kept:
-        tensor = folder.files.read(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            wrong.append(f"{name}: holds numbers that are none (NaN or infinity)")
-    return wrong
+    odd = (name for name in folder.kept if not all_finite(folder.files.read(name)))
+    return wrong + [f"{name}: holds numbers that are none (NaN or infinity)" for name in odd]
 
 
 def unlike_recipe(folder: QuantizedFolder) -> list[str] | None:

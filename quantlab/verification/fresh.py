@@ -33,24 +33,64 @@ def _answer(folder: str, dtype: str, ours: bool, request: dict[str, Any]) -> dic
     transformers.logging.disable_progress_bar()
     if ours:
         import_module("quantlab")  # which registers the format
-    config = transformers.AutoConfig.from_pretrained(folder)
-    named = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
-    loaded: Any = named.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    model, info = loaded
-    model.eval()
+    prompts = torch.tensor(request["prompts"])
+    model, info = _loaded(folder, dtype)
     with torch.no_grad():
-        done = model(input_ids=torch.tensor(request["prompts"]))
-        logprobs = (done.logits if "logits" in done else done[0]).float().log_softmax(-1)
-        found = logprobs.gather(-1, torch.tensor(request["tokens"])).tolist()
+        try:
+            done = model(input_ids=prompts)
+            decoded = _decoded(model)
+        except RuntimeError:
+            # compressed-tensors (0.20) decodes some formats to bfloat16, at the first forward, whatever a model is
+            # loaded in. They stay decoded so, and are computed with in float32.
+            decoded = _decoded(model)
+            if ours or dtype == "auto" or not decoded:
+                raise
+            torch.nn.Module.float(model)
+            done = model(input_ids=prompts)
+        logits = done.logits if "logits" in done else done[0]
+        logprobs = logits.float().log_softmax(-1).gather(-1, torch.tensor(request["tokens"])).tolist()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     shared = None if head is None else getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
-    odd = {key: sorted(map(str, value))[:4] for key, value in info.items() if value}
     return {
-        "logprobs": found,
-        "odd": odd,
+        "logprobs": logprobs,
+        "computed": _name(logits.dtype),
+        "decoded": decoded,
+        "odd": {key: sorted(map(str, value))[:4] for key, value in info.items() if value},
         "tied": shared,
         "ties": bool(model.config.get_text_config().tie_word_embeddings),
     }
+
+
+def _loaded(folder: str, dtype: str) -> Any:
+    """The model, and what transformers has to say of how it was loaded."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    named = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
+    more = {}
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") == "gptq":  # its plain kernel: others are compiled first, for minutes
+        torch.compiler.set_stance("force_eager")
+        more["quantization_config"] = transformers.GPTQConfig(bits=quantized["bits"], backend="gptq_torch")
+    loaded: Any = named.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
+    model, info = loaded
+    return model.eval(), info
+
+
+def _decoded(model: Any) -> dict[str, str]:
+    """The weights that were rounded to another dtype than float32 when they were decoded, and to which."""
+    import torch
+
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for name, module in model.named_modules():
+        if hasattr(module, "qweight"):  # of GPTQModel, which decodes in the dtype of its scales
+            dtypes[f"{name}.weight"] = module.scales.dtype
+    return {name: _name(dtype) for name, dtype in dtypes.items() if dtype != torch.float32}
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from quantlab_kernels import rounded
 from torch import nn
 
-from quantlab.checkpoint.placement import unload
+from quantlab.checkpoint.placement import assign, selected, unload
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.source import ModelSource
+
+SHAKE = 2.0**-18
+"""How far inputs are moved, as a part of themselves: well above what rounding of float32 does, and as harmless."""
 
 _Load = Callable[[nn.Module, set[str]], None]
 
 
-def decoded_logits(folder: QuantizedFolder, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+def decoded_logits(
+    folder: QuantizedFolder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    through: Mapping[str, torch.dtype] | None = None,
+    shaken: bool = False,
+) -> torch.Tensor:
     """Logits ``[prompts, length, vocabulary]`` of prompts of one length, in float32, by weights decoded from codes.
 
     Nothing of how the folder is loaded for use has a part in it: no kernel, no module of ours, no plug-in; of
     activations that are rounded to 8 bits only what they are rounded to.
+
+    Args:
+        folder: the model.
+        prompts: token ids.
+        through: dtypes that decoded weights, by name, are rounded to before they are float32 again, as some loaders do.
+        shaken: move what comes into each module in the last prompt by :data:`SHAKE` of itself, up or down at random.
     """
     model = folder.skeleton(dtype=torch.float32)
     for name, storage in folder.layers.items():
@@ -28,26 +43,49 @@ def decoded_logits(folder: QuantizedFolder, prompts: Sequence[Sequence[int]]) ->
             model.get_submodule(name).register_forward_pre_hook(
                 lambda _, inputs, to=storage.activations: (rounded(inputs[0], to), *inputs[1:])
             )
-    return _streamed(model, folder.load, prompts)
-
-
-def original_logits(source: ModelSource, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits ``[prompts, length, vocabulary]`` of a model that is not quantized."""
 
     def load(model: nn.Module, names: set[str]) -> None:
-        source.load(model, lambda name: name in names)
+        folder.load(model, names)
+        for name in names & (through or {}).keys():
+            for tensor, places in selected(model, name.__eq__):
+                assign(places, tensor.to((through or {})[name]).float())
 
-    return _streamed(source.skeleton(), load, prompts)
+    return _streamed(model, load, prompts, shaken)
+
+
+def original_logits(source: ModelSource, prompts: Sequence[Sequence[int]], *, shaken: bool = False) -> torch.Tensor:
+    """Logits ``[prompts, length, vocabulary]`` of a model that is not quantized, in float32; see above."""
+
+    def load(model: nn.Module, names: set[str]) -> None:
+        source.load(model, names.__contains__)
+        for tensor, places in selected(model, names.__contains__):
+            if tensor.is_floating_point():
+                assign(places, tensor.float())
+
+    return _streamed(source.skeleton(), load, prompts, shaken)
 
 
 @torch.no_grad()
-def _streamed(model: nn.Module, load: _Load, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+def _streamed(model: nn.Module, load: _Load, prompts: Sequence[Sequence[int]], shaken: bool) -> torch.Tensor:
     handles: list[Any] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # An expert is given some tokens of all prompts: what comes to its router is moved, and that suffices.
+        x = inputs[0] if inputs else None
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or len(x) != len(prompts):
+            return None
+        moved = x.clone()
+        moved[-1] *= 1 + SHAKE * torch.empty_like(x[-1]).uniform_(-1, 1, generator=generator)
+        return (moved, *inputs[1:])
+
     for path, module in model.named_modules():
         own = {f"{path}.{leaf}".lstrip(".") for leaf in _stored(module)}
         if own:
             handles.append(module.register_forward_pre_hook(lambda _, __, own=own: load(model, own)))
             handles.append(module.register_forward_hook(lambda _, __, ___, own=own: unload(model, own.__contains__)))
+            if shaken:
+                handles.append(module.register_forward_pre_hook(shake))
     try:
         done = model(input_ids=torch.tensor(prompts))
         # A bare model has no logits: its last hidden state serves as well to compare two ways to run it.

@@ -3,38 +3,34 @@
 What the folder *means* is computed twice, by ways that share nothing but the files: here its codes are decoded one
 module at a time and run through transformers' own layers in float32; and a fresh process loads it as its users do. The
 first is kept beside the model as a digest, which later checks, and those of exported files, are held against.
+
+Both are float32 wherever the loader can be, so that only the order of sums is between them: a difference in one scale
+shows, which would be lost in what bfloat16 leaves out.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from quantlab.checkpoint.gguf import cached_gguf
+from quantlab.checkpoint.gguf import cache_dir, cached_gguf, gguf_weights, import_gguf
 from quantlab.checkpoint.native import QUANT_METHOD
 from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
-from quantlab.checkpoint.writer import CheckpointWriter, weight_bytes
+from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.errors import CheckpointError
-from quantlab.verification import checks
+from quantlab.verification import checks, loader
 from quantlab.verification.digest import Digest, prompts_for
+from quantlab.verification.limits import ROUNDED_INPUTS, largest_difference
 from quantlab.verification.streamed import decoded_logits, original_logits
-
-# Mean divergence, nats a position, up to which two ways of running the same weights count as one: float32 throughout,
-# or one of them in the model's 16-bit dtype.
-_SAME = {"float32": 1e-5, "auto": 2e-2}
-# Where inputs are rounded to 8 bits, sums that differ in their last digit put some inputs on the other side of a step,
-# and the model's later layers have more of that: two ways are as far apart as rounding is from not rounding.
-_SAME_ROUNDED = 1e-1
-_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -90,32 +86,37 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     path = Path(path).expanduser()
     other = None if against is None else resolve(against)
     if path.suffix == ".gguf":
-        found = _load_checks(cached_gguf(path), "auto", _digest_of(path.parent, other), "this package's GGUF reader")
+        digest, source = _reference(path.parent, other)
+        with _imported(path) as (folder, inexact):
+            found = _load_checks(folder, digest, "this package's GGUF reader", source, inexact)
+            return Verification(path, tuple(found))
+    if loader.quant_method(path) != QUANT_METHOD:
+        digest, source = _reference(path, other)
+        found = _load_checks(path, digest, "transformers", source, loader.inexact_layers(path))
         return Verification(path, tuple(found))
-    method = _quant_method(path)
-    if method != QUANT_METHOD:
-        return Verification(path, tuple(_load_checks(path, "auto", _digest_of(path, other), "transformers")))
-    folder = QuantizedFolder(path)
-    found = _static_checks(folder)
-    digest = Digest.stored(path)
-    prompts = digest.prompts if digest else prompts_for(path, folder.original_config().get_text_config().vocab_size)
+    opened = QuantizedFolder(path)
+    found = _static_checks(opened)
+    stored = Digest.stored(path)
+    prompts = stored.prompts if stored else _prompts(opened)
     try:
-        logits = decoded_logits(folder, prompts)
+        logits, shaken = _logits(partial(decoded_logits, opened), prompts)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # a decoder's own ids, a picture
         reason = " ".join(str(error).split())
         return Verification(path, (*found, Check("predictions", None, f"it does not run on token ids alone: {reason}")))
     found.append(Check("predictions are numbers", bool(logits.isfinite().all())))
     if not found[-1].passed:
         return Verification(path, tuple(found))
-    now = Digest.of(prompts, logits)
-    if digest is None:
+    now = Digest.of(prompts, logits, shaken)
+    rounds = loader.rounds_inputs(path)
+    if stored is not None:
+        same = replace(stored, sensitivity=now.sensitivity)
+        found.append(_compared("predictions are those of the stored digest", same, same.gathered(logits), rounds))
+    if stored is None or (stored.sensitivity is None and found[-1].passed):
         CheckpointWriter(path).write_json(DIGEST, now.to_dict())
-    else:
-        found.append(_stored_check(digest, logits))
     if other is not None:
-        far = now.divergence(_gathered(now, original_logits(open_source(other), prompts)))
+        far = now.divergence(now.gathered(original_logits(open_source(other), prompts)))
         found.append(Check("distance from the original", None, f"{far:.4f} nats a token"))
-    return Verification(path, (*found, *_load_checks(path, "float32", now, "transformers with quantlab")))
+    return Verification(path, (*found, *_load_checks(path, now, "transformers with quantlab")))
 
 
 def _static_checks(folder: QuantizedFolder) -> list[Check]:
@@ -136,101 +137,126 @@ def _static_checks(folder: QuantizedFolder) -> list[Check]:
     return found
 
 
-def _stored_check(digest: Digest, logits: torch.Tensor) -> Check:
-    far = digest.divergence(_gathered(digest, logits))
-    return Check("predictions are those of the stored digest", far <= _SAME["float32"], f"{far:.1e} nats a token")
+def _load_checks(
+    folder: Path, digest: Digest, loaded_by: str, source: QuantizedFolder | None = None, inexact: int = 0
+) -> list[Check]:
+    """Load the folder in a process of its own and hold its predictions against a digest.
 
-
-def _gathered(digest: Digest, logits: torch.Tensor) -> list[list[list[float]]]:
-    """What these logits give the digest's tokens: log-probabilities."""
-    return logits.float().log_softmax(-1).gather(-1, torch.tensor(digest.tokens)).tolist()
-
-
-def _rounds_inputs(folder: Path) -> bool:
-    """Whether a model's config.json says of any layer that its inputs are rounded as they come."""
-
-    def said(value: Any) -> bool:
-        if isinstance(value, dict):
-            named = (value.get(key) for key in ("activations", "input_activations"))
-            return any(each not in (None, "none") for each in named) or any(said(inner) for inner in value.values())
-        return isinstance(value, list) and any(said(inner) for inner in value)
-
-    config = folder / "config.json"
-    return config.is_file() and said(json.loads(config.read_text(encoding="utf-8")).get("quantization_config"))
-
-
-def _load_checks(folder: Path, dtype: str, digest: Digest, loader: str) -> list[Check]:
-    """Load the folder in a process of its own and hold its predictions against a digest."""
-    name = f"{loader} loads it, in a process of its own"
-    needed, free = _bytes_needed(folder), psutil.virtual_memory().available
-    if needed > free:
-        return [Check(name, None, f"not tried: it takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")]
-    answer = _asked(folder, dtype, digest)
+    Args:
+        folder: what is loaded.
+        digest: what it is to say.
+        loaded_by: who loads it.
+        source: the folder that it was exported from, if that is known.
+        inexact: how many layers are not what the codes meant.
+    """
+    name = f"{loaded_by} loads it, in a process of its own"
+    dtype, reason = loader.affordable(folder)
+    if dtype is None:
+        return [Check(name, None, reason)]
+    answer = loader.answer(folder, dtype, digest)
     if "missing" in answer:
         return [Check(name, None, f"not tried: {answer['missing']}")]
     if "error" in answer:
         return [Check(name, False, answer["error"])]
     odd = "; ".join(f"{key}: {', '.join(names)}" for key, names in answer["odd"].items())
-    found = [Check(name, not odd, odd)]
+    found = [Check(name, not odd, "; ".join(filter(None, (odd, reason))))]
     if answer["tied"] is not None:
         said = "tied" if answer["ties"] else "not tied"
         found.append(Check("head and embedding are what config.json says", answer["tied"] == answer["ties"], said))
-    far = digest.divergence(answer["logprobs"])
-    limit = _SAME_ROUNDED if _rounds_inputs(folder) else _SAME[dtype]
-    found.append(
-        Check(
-            "its predictions are those of the codes", far <= limit, f"{far:.1e} nats a token apart, {limit:g} allowed"
-        )
-    )
+    computed, decoded = answer["computed"], next(iter(answer["decoded"].values()), "float32")
+    if computed == "float32" != decoded and source is not None and _rounded_once(source):
+        through = {name: getattr(torch, dtype) for name, dtype in answer["decoded"].items()}
+        logits = decoded_logits(source, digest.prompts, through=through)
+        digest, decoded = replace(digest, logprobs=digest.gathered(logits)), "float32"
+    check = "its predictions are those of the codes"
+    if inexact:
+        far = f"{digest.divergence(answer['logprobs']):.1e} nats a token apart"
+        return [*found, Check(check, None, f"{far}: {inexact} layers were made something else when it was exported")]
+    found.append(_compared(check, digest, answer["logprobs"], loader.rounds_inputs(folder), computed, decoded))
     return found
 
 
-def _asked(folder: Path, dtype: str, digest: Digest) -> dict[str, Any]:
-    ours = _quant_method(folder) == QUANT_METHOD
-    program = Path(__file__).with_name("fresh.py")
-    command = [sys.executable, str(program), str(folder), dtype, str(int(ours))]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(digest.to_dict()), capture_output=True, text=True, check=False, timeout=_SECONDS
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {_SECONDS} seconds"}
-    except (IndexError, ValueError):
-        return {"error": f"the process ended with code {done.returncode}: {' '.join(done.stderr.split())[-400:]}"}
+def _rounded_once(source: QuantizedFolder) -> bool:
+    """Whether a loader that decodes to 16 bits rounds each weight once, and not its scales of two levels before."""
+    return not any(storage.outer_scales for storage in source.layers.values())
 
 
-def _digest_of(beside: Path, other: Path | None) -> Digest:
-    """What an exported model is held against: the digest of another folder, or the one that lies beside it."""
+def _compared(
+    name: str,
+    digest: Digest,
+    logprobs: list[list[list[float]]],
+    rounds_inputs: bool,
+    computed: str = "float32",
+    decoded: str = "float32",
+) -> Check:
+    """Whether log-probabilities are those of a digest but for rounding."""
+    if rounds_inputs:
+        far = digest.divergence(logprobs)
+        return Check(name, far <= ROUNDED_INPUTS, f"{far:.1e} nats a token apart, {ROUNDED_INPUTS:g} allowed")
+    far, limit = digest.difference(logprobs), largest_difference(digest.sensitivity, computed, decoded)
+    apart = f"log-probabilities at most {far:.1e} apart"
+    if limit is None:
+        unknown = f"what rounding to {decoded} does to this model the digest, an older quantlab's, does not say"
+        return Check(name, None, f"{apart}; {unknown}; name the folder that it was exported from: --against DIR")
+    ways = [f"computed in {computed}"] if computed != "float32" else []
+    ways += [f"weights decoded to {decoded}"] if decoded != "float32" else []
+    return Check(name, far <= limit, ", ".join([apart, f"{limit:.1e} allowed", *ways]))
+
+
+def _reference(beside: Path, other: Path | None) -> tuple[Digest, QuantizedFolder | None]:
+    """What an exported model is held against: the digest of another folder, or the one that lies beside it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     digest = Digest.stored(other if other is not None else beside)
-    if digest is None and other is not None and _quant_method(other) == QUANT_METHOD:
-        folder = QuantizedFolder(other)
-        prompts = prompts_for(other, folder.original_config().get_text_config().vocab_size)
-        digest = Digest.of(prompts, decoded_logits(folder, prompts))
-    elif digest is None and other is not None:
-        source = open_source(other)
-        prompts = prompts_for(other, source.config.get_text_config().vocab_size)
-        digest = Digest.of(prompts, original_logits(source, prompts))
+    if other is None:
+        if digest is None:
+            raise CheckpointError(
+                f"{beside}: holds no {DIGEST} to hold its predictions against; name the folder that it was exported "
+                "from: --against DIR"
+            )
+        return digest, None
+    if loader.quant_method(other) == QUANT_METHOD:
+        source = QuantizedFolder(other)
+        if digest is None or digest.sensitivity is None:
+            prompts = _prompts(source)
+            digest = Digest.of(prompts, *_logits(partial(decoded_logits, source), prompts))
+        return digest, source
     if digest is None:
-        raise CheckpointError(
-            f"{beside}: holds no {DIGEST} to hold its predictions against; name the folder that it was exported from: "
-            "--against DIR"
-        )
-    return digest
+        original = open_source(other)
+        prompts = prompts_for(other, original.config.get_text_config().vocab_size)
+        digest = Digest.of(prompts, *_logits(partial(original_logits, original), prompts))
+    return digest, None
 
 
-def _quant_method(folder: Path) -> str | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: has no readable config.json ({error})") from error
-    return (config.get("quantization_config") or {}).get("quant_method")
+def _prompts(folder: QuantizedFolder) -> list[list[int]]:
+    return prompts_for(folder.folder, folder.original_config().get_text_config().vocab_size)
 
 
-def _bytes_needed(folder: Path) -> int:
-    """A guess of what loading takes: other formats' layers are decoded by transformers when they first run."""
-    stored = weight_bytes(folder)
-    return int(stored * (1.3 if _quant_method(folder) in (QUANT_METHOD, None) else 5)) + (1 << 29)
+def _logits(run: Callable[..., torch.Tensor], prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A model's logits, and those of the first prompt when its inputs are shaken."""
+    logits = run([*prompts, prompts[0]], shaken=True)
+    return logits[:-1], logits[-1]
+
+
+@contextmanager
+def _imported(path: Path) -> Iterator[tuple[Path, int]]:
+    """A GGUF file as a folder for transformers, in float32 and gone afterwards; where memory is short, as it is cached.
+
+    Also how many of its tensors are not what the codes meant.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    weights, inexact = gguf_weights(path)
+    if not loader.enough_memory(loader.bytes_of(weights, torch.float32)):
+        yield cached_gguf(path), inexact
+        return
+    places = cache_dir() / "gguf"
+    places.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=places) as folder:
+        yield import_gguf(path, Path(folder) / path.stem, dtype=torch.float32), inexact
 
 
 def _some(wrong: list[str]) -> str:

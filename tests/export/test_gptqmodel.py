@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from quantized_folders import SIZES, decoded, logits, quantized, tiny
+from safetensors.torch import load_file, save_file
 from tokenizers_like import byte_level
 from transformers import AutoModelForCausalLM, GPTQConfig, Phi3Config, Qwen2Config
 
@@ -17,6 +18,7 @@ import quantlab
 from quantlab.export import export
 from quantlab.export.gptq import encode
 from quantlab.numerics import QTensor, grid
+from quantlab.verification import verify
 
 pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
 
@@ -111,3 +113,25 @@ def test_gptqmodel_loads_a_folder(changes, version, tmp_path):
     byte_level("gpt-2").save_pretrained(tmp_path / "gptq")
     model = GPTQModel.load(str(tmp_path / "gptq"), device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH).model
     same_weights(model, folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"format": "int4"}, {"format": "int8"}, {"format": "int4", "symmetric": False}], ids=str
+)
+@pytest.mark.parametrize("change", ["none", "scales", "qzeros"])
+def test_verification_passes_and_sees_one_wrong_number(changes, change, tmp_path, in_process):
+    """In float32, against codes that are decoded to float16 as GPTQModel decodes them."""
+    pytest.importorskip("optimum.gptq", reason="optimum is not installed")
+    folder = quantized(tmp_path, changes)
+    export(folder, "gptq", tmp_path / "gptq")
+    shard = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.1.mlp.down_proj"
+    if change == "scales":
+        tensors[f"{name}.scales"][1, 5] *= 1.1
+    elif change == "qzeros":
+        tensors[f"{name}.qzeros"][1, 0] ^= 1 << 4
+    save_file(tensors, shard, metadata={"format": "pt"})
+    done = verify(tmp_path / "gptq", folder)
+    (check,) = (check for check in done.checks if check.name == "its predictions are those of the codes")
+    assert check.passed is (change == "none"), check.detail

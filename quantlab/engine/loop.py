@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
-from quantlab_kernels import rounded
 from torch import nn
 
 from quantlab.checkpoint.native import layer_tensors
@@ -32,6 +31,7 @@ from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
 from quantlab.engine.progress import Progress, Silent
 from quantlab.engine.report import LayerReport
+from quantlab.engine.rounded_inputs import inputs_rounded
 from quantlab.engine.solve import Answer, PlannedLayer, solve
 from quantlab.engine.spill import DiskMatrix, Spill
 from quantlab.nn import Storage
@@ -103,12 +103,14 @@ class Run:
         sample = None if self.rescaling is None else self.rescaling.sample.to(self.source.device)
         spill = Spill(self.journal.folder, self.states, self.states_on_device)
         disk = partial(DiskMatrix, self.journal.folder) if self.statistics_wait else None
+        activations = {name: layer.scheme.activations for name, layer in self.plan.items()}
         with (
             self._embeddings_on_demand(models, lookups),
             Calibration(
                 self.model, original, self.architecture, batches, list(waiting), sample, spill, self.ranks, disk
             ) as calibration,
-            self._inputs_rounded(),
+            # What is observed of an input is observed before it is rounded: these hooks run after those of Calibration.
+            inputs_rounded(self.model, activations, begun=self._in_use.__contains__),
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
@@ -306,30 +308,6 @@ class Run:
             model.get_submodule(name).register_forward_pre_hook(hook(model, weight))
             for model in models
             for weight, name in self._embeddings.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _inputs_rounded(self) -> Iterator[None]:
-        """Let layers round their inputs as they will when they run, from the moment that their weights are quantized.
-
-        What is observed of an input is observed before: these hooks run after those at which batches stop.
-        """
-
-        def hook(name: str, activations: str) -> Callable[..., tuple[torch.Tensor, ...] | None]:
-            def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-                return (rounded(inputs[0], activations), *inputs[1:]) if name in self._in_use else None
-
-            return before
-
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(hook(name, layer.scheme.activations))
-            for name, layer in self.plan.items()
-            if layer.scheme.activations != "none"
         ]
         try:
             yield

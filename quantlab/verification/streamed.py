@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from quantlab_kernels import rounded
 from torch import nn
 
 from quantlab.checkpoint.placement import unload
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.source import ModelSource
+from quantlab.engine.rounded_inputs import inputs_rounded
 
 _Load = Callable[[nn.Module, set[str]], None]
 
@@ -23,12 +23,9 @@ def decoded_logits(folder: QuantizedFolder, prompts: Sequence[Sequence[int]]) ->
     activations that are rounded to 8 bits only what they are rounded to.
     """
     model = folder.skeleton(dtype=torch.float32)
-    for name, storage in folder.layers.items():
-        if storage.activations != "none":
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, to=storage.activations: (rounded(inputs[0], to), *inputs[1:])
-            )
-    return _streamed(model, folder.load, prompts)
+    activations = {name: storage.activations for name, storage in folder.layers.items()}
+    with inputs_rounded(model, activations):
+        return _streamed(model, folder.load, prompts)
 
 
 def original_logits(source: ModelSource, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
 from quantlab.checkpoint.writer import CheckpointWriter, weight_bytes
 from quantlab.errors import CheckpointError
+from quantlab.export.compressed_tensors import rounds_inputs
 from quantlab.verification import checks
 from quantlab.verification.digest import Digest, prompts_for
 from quantlab.verification.streamed import decoded_logits, original_logits
@@ -92,9 +93,10 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     if path.suffix == ".gguf":
         found = _load_checks(cached_gguf(path), "auto", _digest_of(path.parent, other), "this package's GGUF reader")
         return Verification(path, tuple(found))
-    method = _quant_method(path)
-    if method != QUANT_METHOD:
-        return Verification(path, tuple(_load_checks(path, "auto", _digest_of(path, other), "transformers")))
+    stored = _quantization_config(path)
+    if stored.get("quant_method") != QUANT_METHOD:
+        found = _load_checks(path, "auto", _digest_of(path, other), "transformers", rounds=rounds_inputs(stored))
+        return Verification(path, tuple(found))
     folder = QuantizedFolder(path)
     found = _static_checks(folder)
     digest = Digest.stored(path)
@@ -115,7 +117,8 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     if other is not None:
         far = now.divergence(_gathered(now, original_logits(open_source(other), prompts)))
         found.append(Check("distance from the original", None, f"{far:.4f} nats a token"))
-    return Verification(path, (*found, *_load_checks(path, "float32", now, "transformers with quantlab")))
+    found += _load_checks(path, "float32", now, "transformers with quantlab", rounds=folder.rounds_inputs)
+    return Verification(path, tuple(found))
 
 
 def _static_checks(folder: QuantizedFolder) -> list[Check]:
@@ -146,21 +149,16 @@ def _gathered(digest: Digest, logits: torch.Tensor) -> list[list[list[float]]]:
     return logits.float().log_softmax(-1).gather(-1, torch.tensor(digest.tokens)).tolist()
 
 
-def _rounds_inputs(folder: Path) -> bool:
-    """Whether a model's config.json says of any layer that its inputs are rounded as they come."""
+def _load_checks(folder: Path, dtype: str, digest: Digest, loader: str, *, rounds: bool = False) -> list[Check]:
+    """Load the folder in a process of its own and hold its predictions against a digest.
 
-    def said(value: Any) -> bool:
-        if isinstance(value, dict):
-            named = (value.get(key) for key in ("activations", "input_activations"))
-            return any(each not in (None, "none") for each in named) or any(said(inner) for inner in value.values())
-        return isinstance(value, list) and any(said(inner) for inner in value)
-
-    config = folder / "config.json"
-    return config.is_file() and said(json.loads(config.read_text(encoding="utf-8")).get("quantization_config"))
-
-
-def _load_checks(folder: Path, dtype: str, digest: Digest, loader: str) -> list[Check]:
-    """Load the folder in a process of its own and hold its predictions against a digest."""
+    Args:
+        folder: what is loaded.
+        dtype: what for: ``"float32"``, or ``"auto"``, the model's own.
+        digest: what is expected of it.
+        loader: what loads it, in words.
+        rounds: whether the model rounds its inputs to 8 bits.
+    """
     name = f"{loader} loads it, in a process of its own"
     needed, free = _bytes_needed(folder), psutil.virtual_memory().available
     if needed > free:
@@ -176,7 +174,7 @@ def _load_checks(folder: Path, dtype: str, digest: Digest, loader: str) -> list[
         said = "tied" if answer["ties"] else "not tied"
         found.append(Check("head and embedding are what config.json says", answer["tied"] == answer["ties"], said))
     far = digest.divergence(answer["logprobs"])
-    limit = _SAME_ROUNDED if _rounds_inputs(folder) else _SAME[dtype]
+    limit = _SAME_ROUNDED if rounds else _SAME[dtype]
     found.append(
         Check(
             "its predictions are those of the codes", far <= limit, f"{far:.1e} nats a token apart, {limit:g} allowed"
@@ -220,11 +218,16 @@ def _digest_of(beside: Path, other: Path | None) -> Digest:
 
 
 def _quant_method(folder: Path) -> str | None:
+    return _quantization_config(folder).get("quant_method")
+
+
+def _quantization_config(folder: Path) -> dict[str, Any]:
+    """What a model's config.json says of its quantization; nothing if it is not quantized."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: has no readable config.json ({error})") from error
-    return (config.get("quantization_config") or {}).get("quant_method")
+    return config.get("quantization_config") or {}
 
 
 def _bytes_needed(folder: Path) -> int:

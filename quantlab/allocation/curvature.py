@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.task import Tell
-from quantlab.quantizers.gptq import factorize
+from quantlab.quantizers.factor import factorize
 
 # Tokens whose activations are held for the backward pass at once.
 _BATCH_TOKENS = 1024

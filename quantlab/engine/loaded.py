@@ -9,6 +9,7 @@ from torch import nn
 
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import OUTSIDE, Architecture, get_weight, set_weight
+from quantlab.engine.hooks import hooked
 from quantlab.engine.memory import return_freed_memory
 from quantlab.numerics import QTensor
 
@@ -81,16 +82,12 @@ class LoadedWeights:
 
             return before
 
-        handles = [
+        with hooked(
             model.get_submodule(name).register_forward_pre_hook(hook(model, weight))
             for model in models
             for weight, name in self._large.items()
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _belongs(self, name: str, block: str) -> bool:
         return self._architecture.place_of(name) == block

@@ -9,6 +9,8 @@ import torch
 from quantlab_kernels import rounded
 from torch import nn
 
+from quantlab.engine.hooks import hooked
+
 
 @contextmanager
 def inputs_rounded(
@@ -28,13 +30,6 @@ def inputs_rounded(
 
         return before
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(name))
-        for name, kind in activations.items()
-        if kind != "none"
-    ]
-    try:
+    rounding = [name for name, kind in activations.items() if kind != "none"]
+    with hooked(model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in rounding):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

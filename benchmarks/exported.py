@@ -21,14 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompts import PROMPTS
+
 LOADERS = ("quantlab", "transformers", "transformers-gguf", "transformers-gptq", "llama.cpp")
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was a",
-    "def fibonacci(n):\n    ",
-    "In 1969, the first humans",
-    "Water boils at 100 degrees",
-)
 
 
 @dataclass(frozen=True)

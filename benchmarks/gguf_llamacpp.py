@@ -14,19 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 
+import prompts
 import torch
 from transformers import AutoTokenizer
 
 import quantlab
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was a",
-    "def fibonacci(n):\n    ",
-    "In 1969, the first humans",
-    "Water boils at 100 degrees",
-    "Été 2024: naïve   spaces, don't they?",
-)
+# Beside these, text that tokenizers take apart in their own ways.
+PROMPTS = (*prompts.PROMPTS, "Été 2024: naïve   spaces, don't they?")
 
 
 def ours(model: torch.nn.Module, ids: list[int], count: int) -> tuple[list[int], list[float]]:

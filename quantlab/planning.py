@@ -18,7 +18,7 @@ from quantlab.allocation.budget import Budget, parse_budget
 from quantlab.allocation.plan import Plan
 from quantlab.allocation.sensitivity import VERSION
 from quantlab.allocation.task import Task, Tell, as_variant, plan_candidates
-from quantlab.checkpoint.gguf import cache_dir
+from quantlab.checkpoint.cache import cache_dir
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModuleSource, open_source, parameter_bytes
 from quantlab.engine.architecture import Architecture, describe

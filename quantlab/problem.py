@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,15 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
     def __setitem__(self, rows: slice, values: torch.Tensor, /) -> None: ...
+
+
+PIECE = 512
+"""Rows of a matrix that are worked on at once; what is on the disk comes and goes in such pieces."""
+
+
+def pieces(matrix: Rows) -> Iterator[slice]:
+    """The rows of a matrix, some at a time."""
+    yield from (slice(start, start + PIECE) for start in range(0, matrix.shape[0], PIECE))
 
 
 @dataclass(frozen=True, eq=False)

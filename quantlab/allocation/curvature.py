@@ -18,6 +18,7 @@ backward pass gives the coefficients of all layers, where noise takes a forward 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from transformers import PreTrainedModel
 
 from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.task import Tell
-from quantlab.quantizers.gptq import factorize
+from quantlab.engine.hooks import hooked
+from quantlab.quantizers.factor import factorize
 
 # Tokens whose activations are held for the backward pass at once.
 _BATCH_TOKENS = 1024
@@ -63,16 +65,12 @@ def coefficients(
     def take(name: str, gradient: torch.Tensor) -> None:
         squares[name].append(gradient.float().square().mean(-1).flatten())
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
-    try:
+    with hooked(model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers):
         batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
         for number, batch in enumerate(batches):
             if tell is not None:
                 tell(number, len(batches), f"gradients of {tokens.numel():,} tokens")
             backward(model, layers, batch, generator, take)
-    finally:
-        for handle in handles:
-            handle.remove()
     known: dict[tuple[tuple[int, torch.Size], ...], torch.Tensor] = {}
     found = {}
     for name in layers:
@@ -130,11 +128,8 @@ def injected(
             rows = noise[args[0].flatten()] if isinstance(module, nn.Embedding) else args[0].float() @ noise.T
             squares.append(float(rows.square().sum()))
 
-        handle = divergence.model.get_submodule(name).register_forward_pre_hook(measure)
-        try:
+        with divergence.model.get_submodule(name).register_forward_pre_hook(measure):
             loss = divergence.of({name: weight + noise.to(weight.dtype)})
-        finally:
-            handle.remove()
         energy = sum(squares) / divergence.tokens.numel()
         found[name] = max(0.0, loss) / energy if energy else 0.0
     return found
@@ -171,18 +166,14 @@ def backward(
         return output.detach().requires_grad_()
 
     # The first hook of a module is called first: an embedding's own gradient is taken from what is made differentiable.
-    handles = [model.get_input_embeddings().register_forward_hook(differentiable)]
-    handles += [model.get_submodule(name).register_forward_hook(listen(name)) for name in layers]
-    try:
-        with torch.enable_grad():
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            if generator is None:
-                labels = batch[:, 1:].flatten()
-            else:
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    first = [model.get_input_embeddings().register_forward_hook(differentiable)]
+    listening = (model.get_submodule(name).register_forward_hook(listen(name)) for name in layers)
+    with hooked(chain(first, listening)), torch.enable_grad():
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        if generator is None:
+            labels = batch[:, 1:].flatten()
+        else:
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss.backward()
     return float(loss.detach())

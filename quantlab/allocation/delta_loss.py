@@ -23,6 +23,7 @@ from quantlab.allocation.resumed import shared_groups
 from quantlab.allocation.sensitivity import Sensitivity, Unit
 from quantlab.allocation.task import Task, spread
 from quantlab.engine.architecture import get_weight
+from quantlab.engine.hooks import hooked
 from quantlab.problem import InputStatistics, LayerProblem
 from quantlab.quantizers.rtn import Rtn
 
@@ -90,8 +91,7 @@ def weighted_gradients(
 
         return before
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in originals]
-    try:
+    with hooked(model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in originals):
         batches = tokens.split(BATCH)
         for batch in batches:
             count = batch[:, 1:].numel() * len(batches)
@@ -106,7 +106,4 @@ def weighted_gradients(
                 scores[name] += float((of_weight.float() * (originals[name] - weight).float()).abs().sum()) / count
 
             backward(model, list(originals), batch, None, take)
-    finally:
-        for handle in handles:
-            handle.remove()
     return scores

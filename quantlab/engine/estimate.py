@@ -102,7 +102,8 @@ def memory_needs(plan: Plan, architecture: Architecture, model: nn.Module, token
     element = next(model.parameters()).element_size()
     together = _solved_together(plan)
     if tokens:
-        statistics, solving, movable = max((_to_solve(layers) for layers in together), key=lambda parts: sum(parts[:2]))
+        needs = (_to_solve(layers) for layers in together)
+        statistics, solving, movable = max(needs, key=lambda parts: sum(parts[:2]))
     else:
         statistics = movable = 0
         solving = packed + max(map(_to_round, plan.values()))  # one block waits, another is written meanwhile
@@ -127,7 +128,7 @@ def _to_solve(layers: list[PlannedLayer]) -> tuple[int, int, int]:
 
 
 def _to_round(layer: PlannedLayer) -> int:
-    """Bytes of what is made of a layer that is solved by itself, without inputs: codes, and a copy where one is made."""
+    """Bytes of what is made of a layer that is solved by itself: codes, and a copy where one is made."""
     return layer.shape[0] * layer.shape[1] * (1 if layer.as_stored else _FLOAT * 3 // 2)
 
 

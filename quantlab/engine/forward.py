@@ -23,6 +23,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
+from quantlab.engine.hooks import hooked
 from quantlab.errors import PreflightError, QuantlabError
 
 
@@ -111,15 +112,11 @@ def watched(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         return before
 
     # Before all other hooks: one that loads the module's weight is to do so when the batch goes on, not when it stops.
-    handles = [
+    with hooked(
         model.get_submodule(name).register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
         for name in names
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shared_inputs(log: Iterable[tuple[str, torch.Tensor, int]]) -> list[list[str]]:

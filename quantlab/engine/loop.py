@@ -13,30 +13,27 @@ without stopping: the same arithmetic as the first time, so the run ends with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
-from quantlab_kernels import rounded
 from torch import nn
 
-from quantlab.checkpoint.native import layer_tensors
 from quantlab.checkpoint.source import ModelSource
-from quantlab.engine.architecture import OUTSIDE, Architecture, add_to_bias, get_weight, replace_tensor, set_weight
+from quantlab.engine.architecture import OUTSIDE, Architecture, add_to_bias, get_weight, set_weight
 from quantlab.engine.awq import Rescaled, Rescaling
 from quantlab.engine.behind import Behind
 from quantlab.engine.distributed import ALONE, Ranks, SharedJournal
 from quantlab.engine.journal import Journal
+from quantlab.engine.loaded import LoadedWeights
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
+from quantlab.engine.packed import PackedBlock, restore
 from quantlab.engine.progress import Progress, Silent
-from quantlab.engine.report import LayerReport
+from quantlab.engine.rounded_inputs import inputs_rounded
 from quantlab.engine.solve import Answer, PlannedLayer, solve
 from quantlab.engine.spill import DiskMatrix, Spill
-from quantlab.nn import Storage
-from quantlab.numerics import QTensor
 from quantlab.problem import InputStatistics, Statistic
 
 
@@ -72,6 +69,10 @@ class Run:
     statistics_wait: bool = False
     ranks: Ranks = ALONE
     _in_use: set[str] = field(default_factory=set, init=False)  # layers whose weights are the quantized ones
+    _weights: LoadedWeights = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._weights = LoadedWeights(self.source, self.model, self.architecture, self.plan.keys())
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -93,7 +94,7 @@ class Run:
         return_freed_memory()  # tokenizing leaves much behind
         self._load(OUTSIDE, [self.model])
         for twin in models[1:]:
-            self._share_outside(twin)
+            self._weights.share_outside(twin)
         looked_up = [self.plan[name] for name in self.architecture.embeddings if name in self.plan]
         outside = list(self._solve(_unseen(looked_up)))
         lookups = {answer.report.layer: answer.qtensor for answer in outside}
@@ -101,22 +102,17 @@ class Run:
         remaining = set(self.architecture.blocks)
         waiting = {name: self.plan[name] for name in self.architecture.outside if name in self.plan}
         waiting = {name: layer for name, layer in waiting.items() if layer.needs}
-        batches = [batch.to(self.source.device) for batch in self.batches]
-        sample = None if self.rescaling is None else self.rescaling.sample.to(self.source.device)
-        spill = Spill(self.journal.folder, self.states, self.states_on_device)
-        disk = partial(DiskMatrix, self.journal.folder) if self.statistics_wait else None
         with (
-            self._embeddings_on_demand(models, lookups),
-            Calibration(
-                self.model, original, self.architecture, batches, list(waiting), sample, spill, self.ranks, disk
-            ) as calibration,
-            self._inputs_rounded(),
+            self._weights.embeddings_on_demand(models, lookups),
+            self._calibration(original, list(waiting)) as calibration,
+            # What is observed of an input is observed before it is rounded: these hooks run after those of Calibration.
+            inputs_rounded(self.model, self._activations, begun=lambda name: name in self._in_use),
         ):
             self._unload(OUTSIDE, models)
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
                 if at in waiting:  # before the blocks (a projection of the embedding) or behind them (a head)
                     layer = waiting.pop(at)
-                    self._load_outside()  # a head may be tied to an embedding
+                    self._weights.load(OUTSIDE, [self.model])  # a head may be tied to an embedding
                     outside += self._solve(calibration.observe([layer], last=not (remaining or waiting)))
                     continue
                 remaining.discard(at)
@@ -132,10 +128,25 @@ class Run:
                     self._commit(at, self._solve(groups, rescaled.notes))
                 self._unload(at, models)
         self._execute_unseen(self.architecture.blocks)  # those that no token reached: a vision tower
-        self._load_outside()
+        self._weights.load(OUTSIDE, [self.model])
         done = {answer.report.layer for answer in outside}
         rest = [layer for layer in self._planned(OUTSIDE) if layer.name not in done]
         self._commit(OUTSIDE, [*outside, *self._solve(_unseen(rest))])
+
+    def _calibration(self, original: nn.Module | None, outside: list[str]) -> Calibration:
+        """The batches, to be walked through the model together; the disk takes what memory has no room for."""
+        device, folder = self.source.device, self.journal.folder
+        return Calibration(
+            self.model,
+            original,
+            self.architecture,
+            [batch.to(device) for batch in self.batches],
+            outside,
+            sample=None if self.rescaling is None else self.rescaling.sample.to(device),
+            spill=Spill(folder, self.states, self.states_on_device),
+            ranks=self.ranks,
+            disk=partial(DiskMatrix, folder) if self.statistics_wait else None,
+        )
 
     def _rescale(self, block: str, calibration: Calibration) -> Rescaled:
         """Rescale a block that is still as it was loaded; one that is done already is only passed by the sample."""
@@ -200,152 +211,31 @@ class Run:
         """Write a block."""
         self.journal.commit(block, *self._packed(block, answers))
 
-    def _packed(
-        self, block: str, answers: Iterable[Answer]
-    ) -> tuple[dict[str, torch.Tensor], list[LayerReport], dict[str, Storage]]:
-        """What is written of a block: its tensors, and how its layers fared and are stored.
-
-        Codes are packed as the answers come, and everything that is no quantized weight is taken as it is at the end.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        reports: list[LayerReport] = []
-        storages: dict[str, Storage] = {}
-        for answer in answers:
-            name = answer.report.layer
-            tensors |= layer_tensors(name, answer.qtensor)
-            reports.append(answer.report)
-            storages[name] = Storage.of(
-                answer.qtensor,
-                bias=getattr(self.model.get_submodule(name), "bias", None) is not None,
-                activations=self.plan[name].scheme.activations,
-            )
-        return self._unquantized(block, storages) | tensors, reports, storages
-
-    def _unquantized(self, block: str, quantized: Container[str]) -> dict[str, torch.Tensor]:
-        """A block's tensors other than the weights of ``quantized`` layers, as they are; tied ones once."""
-        tensors: dict[str, torch.Tensor] = {}
-        stored: set[tuple[int, torch.Size]] = set()
-        for name, tensor in self.model.state_dict().items():
-            owner = name.removesuffix(".weight")
-            tied = (tensor.data_ptr(), tensor.shape) in stored
-            if self._belongs(name, block) and owner not in quantized and not tied:
-                tensors[name] = tensor.cpu()
-                stored.add((tensor.data_ptr(), tensor.shape))
-        return tensors
+    def _packed(self, block: str, answers: Iterable[Answer]) -> PackedBlock:
+        return PackedBlock.of(block, self.model, self.architecture, answers, self._activations)
 
     def _restore(self, block: str) -> None:
         """Give a finished block everything that is stored of it."""
         quantized, rest = self.journal.read(block)
-        for name, qtensor in quantized.items():
-            module = self.model.get_submodule(name)
-            set_weight(module, qtensor.to(self.source.device).dequantize(get_weight(module).dtype))
-            self._in_use.add(name)
-        for name, tensor in rest.items():
-            replace_tensor(self.model, name, tensor.to(self.source.device))
+        restore(self.model, quantized, rest, self.source.device)
+        self._in_use.update(quantized)
+
+    @property
+    def _activations(self) -> dict[str, str]:
+        """What each layer's inputs are rounded to."""
+        return {name: layer.scheme.activations for name, layer in self.plan.items()}
 
     def _planned(self, block: str) -> list[PlannedLayer]:
         outside = (*self.architecture.embeddings, *self.architecture.outside)
         names = self.architecture.layers[block] if block else outside
         return [self.plan[name] for name in names if name in self.plan]
 
-    def _belongs(self, name: str, block: str) -> bool:
-        return self.architecture.place_of(name) == block
-
     def _load(self, block: str, models: list[nn.Module]) -> None:
         self.progress.block(block)
-        for name in self._unbiased.intersection(self.architecture.layers.get(block, ())):
-            self.model.get_submodule(name).register_parameter("bias", None)  # one that was added is not in the source
-        for model in models:
-            self.source.load(model, lambda name: self._belongs(name, block))
-        if following := self._following.get(block):
-            self.source.expect(self.model, lambda name: self._belongs(name, following))
-
-    def _load_outside(self) -> None:
-        self.source.load(self.model, lambda name: self._belongs(name, OUTSIDE))
-
-    def _share_outside(self, twin: nn.Module) -> None:
-        """Let the twin use the model's own embeddings and norms: nothing outside the blocks differs before the end."""
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if self._belongs(name, OUTSIDE):
-                owner, _, leaf = name.rpartition(".")
-                setattr(twin.get_submodule(owner), leaf, parameter)
-        self.source.load(twin, lambda name: self._belongs(name, OUTSIDE))  # persistent buffers
+        self._weights.load(block, models)
 
     def _unload(self, block: str, models: list[nn.Module]) -> None:
-        """Unload a block, and the embeddings, which whoever is past them needs no more."""
-        for model in models:
-            self.source.unload(model, lambda name: (block and self._belongs(name, block)) or name in self._embeddings)
-        return_freed_memory()
-
-    @cached_property
-    def _following(self) -> dict[str, str]:
-        """The block that most models run after each block."""
-        return dict(zip(self.architecture.blocks, self.architecture.blocks[1:], strict=False))
-
-    @cached_property
-    def _unbiased(self) -> set[str]:
-        """The layers that have no bias to begin with."""
-        return {name for name in self.architecture.all_layers if self.model.get_submodule(name).bias is None}
-
-    @cached_property
-    def _embeddings(self) -> dict[str, str]:
-        """The weights of the embeddings outside the blocks, and the modules that they belong to.
-
-        Linear layers there that stay as they are (mostly a head, to which no batch comes) are as large, and come and
-        go alike.
-        """
-        modules = [name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)]
-        modules += [name for name in self.architecture.outside if name not in self.plan]
-        return {f"{name}.weight": name for name in modules if self._belongs(f"{name}.weight", OUTSIDE)}
-
-    @contextmanager
-    def _embeddings_on_demand(self, models: list[nn.Module], quantized: dict[str, QTensor]) -> Iterator[None]:
-        """Load an embedding when it is called: it can be larger than any block, and few models call it twice."""
-
-        def hook(model: nn.Module, weight: str) -> Callable[..., None]:
-            def before(module: nn.Module, *_: object) -> None:
-                if module.get_parameter("weight").is_meta:
-                    self.source.load(model, lambda name: name == weight)
-                    if model is self.model and self._embeddings[weight] in quantized:
-                        codes = quantized[self._embeddings[weight]].to(self.source.device)
-                        set_weight(module, codes.dequantize(get_weight(module).dtype))
-
-            return before
-
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(hook(model, weight))
-            for model in models
-            for weight, name in self._embeddings.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _inputs_rounded(self) -> Iterator[None]:
-        """Let layers round their inputs as they will when they run, from the moment that their weights are quantized.
-
-        What is observed of an input is observed before: these hooks run after those at which batches stop.
-        """
-
-        def hook(name: str, activations: str) -> Callable[..., tuple[torch.Tensor, ...] | None]:
-            def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-                return (rounded(inputs[0], activations), *inputs[1:]) if name in self._in_use else None
-
-            return before
-
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(hook(name, layer.scheme.activations))
-            for name, layer in self.plan.items()
-            if layer.scheme.activations != "none"
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._weights.unload(block, models)
 
 
 def _unseen(layers: Iterable[PlannedLayer]) -> Iterator[tuple[list[PlannedLayer], InputStatistics | None]]:

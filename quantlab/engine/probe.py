@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +22,7 @@ from quantlab.checkpoint.placement import all_tensors, assign
 from quantlab.checkpoint.source import ModelSource
 from quantlab.engine.architecture import Architecture
 from quantlab.engine.forward import model_inputs
+from quantlab.engine.hooks import hooked
 from quantlab.errors import PreflightError
 
 _TOKENS = 16
@@ -170,17 +172,15 @@ def _listening(model: nn.Module, blocks: set[str], found: Trace) -> Iterator[Non
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if name in blocks or "weight" in module._parameters or not any(module.children()):
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        if name not in blocks and (not name or "weight" in module._parameters or not any(module.children())):
-            handles.append(module.register_forward_hook(after(name, matrix(module) is None)))
-    try:
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            if name in blocks or "weight" in module._parameters or not any(module.children()):
+                yield module.register_forward_pre_hook(before(name), with_kwargs=True)
+            if name not in blocks and (not name or "weight" in module._parameters or not any(module.children())):
+                yield module.register_forward_hook(after(name, matrix(module) is None))
+
+    with hooked(hooks()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows(value: Any) -> torch.Tensor | None:

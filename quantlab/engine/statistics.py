@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from quantlab.engine.distributed import Ranks
-from quantlab.problem import InputStatistics, Rows, Statistic
+from quantlab.problem import InputStatistics, Rows, Statistic, pieces
 
 OnDisk = Callable[[tuple[int, int]], Rows]
 """Makes a matrix of zeros on the disk."""
@@ -16,8 +16,6 @@ OnDisk = Callable[[tuple[int, int]], Rows]
 # Tokens a product, and columns a panel, of the second moment: see `_add_product`.
 _TOKENS = 512
 _PANEL = 192
-# Rows of a matrix that are worked on at once: what is on the disk comes and goes in such pieces.
-_ROWS = 512
 # Every second token is compared with the original model: its neighbours say much the same, and the products are full
 # ones, where those of a second moment are half.
 _COMPARED = 2
@@ -94,7 +92,7 @@ class InputAccumulator:
         for shift in (self._shift, self._held_out):
             if shift is None:
                 continue
-            for rows in _pieces(shift):
+            for rows in pieces(shift):
                 part = shift[rows]
                 ranks.sum(part)
                 shift[rows] = part
@@ -116,23 +114,18 @@ class InputAccumulator:
             known = replace(known, spare=self._disk((len(self._moment), len(self._moment))))
         if self._shift is None or self._held_out is None or not self._compared:
             return known
-        for rows in _pieces(self._shift):
+        for rows in pieces(self._shift):
             self._shift[rows] = (self._shift[rows] + self._held_out[rows]) / self._compared
         if not 0 < self._held_out_compared < self._compared:
             return known
-        for rows in _pieces(self._held_out):
+        for rows in pieces(self._held_out):
             self._held_out[rows] = self._held_out[rows] / self._held_out_compared
         return replace(known, held_out_shift=self._held_out, held_out=self._held_out_compared / self._compared)
 
 
-def _pieces(matrix: Rows) -> Iterator[slice]:
-    """The rows of a matrix, some at a time."""
-    yield from (slice(start, start + _ROWS) for start in range(0, matrix.shape[0], _ROWS))
-
-
 def _mirror(matrix: torch.Tensor) -> None:
     """Make a matrix symmetric by its lower triangle, where it lies."""
-    for rows in _pieces(matrix):
+    for rows in pieces(matrix):
         below = slice(rows.stop, None)
         matrix[rows, below] = matrix[below, rows].T
         own = matrix[rows, rows]
@@ -141,7 +134,7 @@ def _mirror(matrix: torch.Tensor) -> None:
 
 def _add_products(total: Rows, a: torch.Tensor, b: torch.Tensor) -> None:
     """``total += a.T @ b``, some rows at a time."""
-    for rows in _pieces(total):
+    for rows in pieces(total):
         part = total[rows]
         _add_product(part, a[:, rows], b)
         total[rows] = part

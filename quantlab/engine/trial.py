@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from quantlab.engine.architecture import is_linear
 from quantlab.engine.forward import Call
+from quantlab.engine.hooks import hooked
 from quantlab.nn import UnfusedExperts
 
 
@@ -59,17 +60,13 @@ class Trial:
         """The tensors that the block returns, and what each reader was given, ``[tokens, in]``."""
         inputs: dict[str, list[torch.Tensor]] = {}
         order: list[str] = []
-        handles = [
+        with hooked(
             module.register_forward_pre_hook(_recorder(canonical, inputs, order), with_kwargs=True)
             for name, module in self.block.named_modules()
             if (canonical := _canonical(self.block, name)) in self.readers or not list(module.children())
-        ]
-        try:
+        ):
             call = copy.deepcopy(self.call)  # a cache among the arguments remembers
             returned = self.block(*call.args, **call.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.order = list(dict.fromkeys(order))
         outputs = [leaf for leaf in tree_leaves(returned) if _is_float(leaf)]
         return outputs, {name: torch.cat(parts) for name, parts in inputs.items() if name in self.readers}

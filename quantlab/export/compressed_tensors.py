@@ -197,6 +197,14 @@ def _config(schemes: Mapping[str, EncodedLayer], linear: list[str]) -> dict[str,
     }
 
 
+def rounds_inputs(config: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` says of any layer that its inputs are rounded as they come.
+
+    Only this format can say so: of another's the answer is no.
+    """
+    return any(group.get("input_activations") is not None for group in config.get("config_groups", {}).values())
+
+
 def _save_corrections(source: QuantizedFolder, folder: Path, out: Path) -> tuple[str, ...]:
     if not any(storage.low_rank for storage in source.layers.values()):
         return ()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer
 
 from quantlab.checkpoint.load import load
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.engine.calibration import prepare
+from quantlab.engine.hooks import hooked
 from quantlab.engine.quantize import RECIPE
 from quantlab.engine.statistics import InputAccumulator
 from quantlab.errors import CheckpointError
@@ -70,20 +72,18 @@ def measured(source: QuantizedFolder, original: str) -> dict[str, torch.Tensor]:
     model = load(original)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
     seen: dict[str, InputAccumulator] = {}
-    handles = []
-    for name, storage in source.layers.items():
-        seen[name] = InputAccumulator(Statistic.DIAGONAL, storage.in_features)
 
-        def add(_: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             if inputs[0].is_floating_point():  # an embedding is handed ids
                 seen[name].add(inputs[0])
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(add))
-    try:
+        return add
+
+    for name, storage in source.layers.items():
+        seen[name] = InputAccumulator(Statistic.DIAGONAL, storage.in_features)
+    with hooked(model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in seen):
         for batch in prepare(choice, tokenizer, model.config).batches():
             model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     moments = {name: found.finish().diagonal for name, found in seen.items() if found.tokens}
     return {name: moment for name, moment in moments.items() if moment is not None}

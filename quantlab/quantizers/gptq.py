@@ -20,17 +20,17 @@ import torch
 
 from quantlab.errors import QuantlabError, RecipeError
 from quantlab.numerics import Granularity, Grid, QTensor, Scales, all_finite, scale_type
-from quantlab.problem import InputStatistics, LayerProblem, Rows, Solution, Statistic, require
+from quantlab.problem import LayerProblem, Solution, Statistic, require
 from quantlab.quantizers.base import register
+from quantlab.quantizers.factor import copy_rows, factorize
 from quantlab.quantizers.rtn import Rtn
+from quantlab.quantizers.target import target_shift
 from quantlab.recipe import Scheme
 
 # Weights that are rounded at once, of some outputs: products are efficient, and the copies that are worked on small.
 _CHUNK = 1 << 23
 # The same on other devices, where every column costs some calls however many outputs there are.
 _CHUNK_ELSEWHERE = 1 << 25
-# Rows of a matrix that are permuted, turned or multiplied at once.
-_TURNED = 512
 _ORDERS = ("activation", "group-aware", "natural")
 
 
@@ -47,7 +47,7 @@ class Gptq:
             group by group, so that a group's scale is chosen when its turn comes. ``natural``: as they stand.
         asym: how far the target moves from ``W`` towards ``W E[x_o x^T] H^-1``, which reproduces the *original*
             model's output from the quantized model's input: 0 (not at all) to 1, as a fraction of the step that is
-            best on held-out sequences (see :func:`target_shift`).
+            best on held-out sequences (see :mod:`quantlab.quantizers.target`).
         block: columns between two updates of the rest (speed only; the codes do not depend on it).
     """
 
@@ -117,7 +117,7 @@ class Gptq:
         added[order] = torch.linalg.vector_norm(factor, dim=1).square_() - diagonal[order]
         qtensor, loss = self._round(target, factor, order, scheme, problem.importance(scheme))
         if statistics.spare is not None:
-            _copy(statistics.spare, statistics.second_moment)
+            copy_rows(statistics.spare, statistics.second_moment)
         for rows, decoded in qtensor.decoded_rows():
             loss[rows] -= (target[rows] - decoded).square_() @ added
         notes = (f"damping raised to {damping:.3g}",) if damping > self.damping else ()
@@ -246,106 +246,6 @@ def _round_span(
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def factorize(
-    moment: torch.Tensor, damping: float, order: torch.Tensor | None = None, spare: Rows | None = None
-) -> tuple[torch.Tensor, float]:
-    """Upper triangular ``C`` with ``C C^T = H + damping * mean(diag H) * I``, and the damping that it took.
-
-    Args:
-        moment: ``H``, float32 ``[n, n]``; an input that was never on has a zero row and column.
-        damping: where to start; doubled until the factorization succeeds.
-        order: a permutation of rows and columns to take ``H`` in; None: as they stand.
-        spare: where ``H`` waits, if ``C`` is to take its place in memory; None: ``moment`` is left as it is.
-    """
-    order = torch.arange(len(moment), device=moment.device) if order is None else order
-    backwards = order.flip(0)
-    diagonal = moment.diagonal()[backwards]
-    dead = diagonal == 0
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    if spare is not None:
-        _copy(moment, spare)
-    while True:
-        # The Cholesky factor of the matrix turned by 180 degrees, turned back, is upper triangular. All of it happens
-        # in one copy: for a wide layer that is most of the memory that a run takes.
-        turned = torch.empty_like(moment) if spare is None else moment
-        for rows, some in zip(turned.split(_TURNED), backwards.split(_TURNED), strict=True):
-            torch.index_select(moment[some] if spare is None else _gathered(spare, some), 1, backwards, out=rows)
-        turned.diagonal().add_(torch.where(dead, mean, damping * mean))
-        failed = torch.empty((), dtype=torch.int32, device=moment.device)
-        torch.linalg.cholesky_ex(turned.mT, upper=True, out=(turned.mT, failed))  # in the layout of LAPACK
-        if not failed:
-            return _turn(turned), damping
-        damping *= 2
-
-
-def _copy(source: Rows, target: Rows) -> None:
-    """Copy a matrix, some rows at a time."""
-    for start in range(0, source.shape[0], _TURNED):
-        target[start : start + _TURNED] = source[start : start + _TURNED]
-
-
-def _gathered(matrix: Rows, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a matrix in any order."""
-    return torch.cat([matrix[row : row + 1] for row in rows.tolist()])
-
-
-def _product(left: torch.Tensor, matrix: Rows) -> torch.Tensor:
-    """``left @ matrix``, some rows of the matrix at a time."""
-    total = left.new_zeros(len(left), matrix.shape[1])
-    for start in range(0, matrix.shape[0], _TURNED):
-        rows = slice(start, start + _TURNED)
-        total.addmm_(left[:, rows], matrix[rows])
-    return total
-
-
-def _turn(matrix: torch.Tensor, step: int = _TURNED) -> torch.Tensor:
-    """Turn a square matrix by 180 degrees where it lies."""
-    size = len(matrix)
-    half = size // 2
-    for start in range(0, half, step):
-        upper, lower = slice(start, min(start + step, half)), slice(max(size - start - step, size - half), size - start)
-        turned = matrix[upper].flip(0, 1)
-        matrix[upper] = matrix[lower].flip(0, 1)
-        matrix[lower] = turned
-    if size % 2:
-        matrix[half] = matrix[half].flip(0)
-    return matrix
-
-
-def target_shift(
-    weight: torch.Tensor, statistics: InputStatistics, factor: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """The step from ``W`` towards the target that reproduces the original model's output: ``[out, in]``.
-
-    The least-squares step is ``S = W E[(x_o - x) x^T] H^-1``, a regression with one coefficient for each input of
-    each output. With some ten or twenty tokens a coefficient much of it is noise, which fits the calibration text and
-    nothing else, and every later layer is then fitted to inputs that look better than they are: at full strength a
-    model is ruined. So the strength is judged on held-out tokens: the step ``S'`` that the others give is best scaled
-    by ``<S', W D_held> / <S', S' H>`` (1 where both say the same, 0 where they contradict), and so is ``S``.
-    """
-    assert statistics.shift is not None
-
-    def regress(rows: slice, shift: Rows) -> torch.Tensor:
-        """``W shift H^-1``, multiplied by ``C`` from the right: its columns, like C's, in the order of rounding."""
-        return torch.linalg.solve_triangular(factor.T, _product(weight[rows], shift)[:, order], upper=False, left=False)
-
-    shifts = torch.empty_like(weight)
-    energy, agreement = torch.zeros(2, device=weight.device)
-    step = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        part = regress(rows, statistics.shift)
-        if statistics.held_out_shift is not None:
-            held = regress(rows, statistics.held_out_shift)
-            others = (part - statistics.held_out * held) / (1 - statistics.held_out)
-            energy += others.square().sum()
-            agreement += (others * held).sum()
-        shifts[rows].index_copy_(1, order, torch.linalg.solve_triangular(factor, part, upper=True, left=False))
-    if statistics.held_out_shift is not None:
-        shifts *= (agreement / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-    return shifts
 
 
 def column_order(diagonal: torch.Tensor, order: str, granularity: Granularity) -> torch.Tensor:

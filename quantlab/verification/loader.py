@@ -13,11 +13,12 @@ import torch
 from transformers import AutoConfig
 
 from quantlab.checkpoint.native import QUANT_METHOD
-from quantlab.checkpoint.quantized import DIGEST, INEXACT
+from quantlab.checkpoint.quantized import DIGEST, INEXACT, QuantizedFolder
 from quantlab.checkpoint.skeleton import empty_model, model_class
 from quantlab.checkpoint.weights import WeightFiles
 from quantlab.checkpoint.writer import weight_bytes
 from quantlab.errors import CheckpointError
+from quantlab.export import compressed_tensors
 from quantlab.verification.digest import Digest
 
 _SECONDS = 1800
@@ -89,11 +90,7 @@ def quant_method(folder: Path) -> str | None:
     Raises:
         CheckpointError: it has none that can be read.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: has no readable config.json ({error})") from error
-    return (config.get("quantization_config") or {}).get("quant_method")
+    return _quantization_config(folder).get("quant_method")
 
 
 def inexact_layers(folder: Path) -> int:
@@ -105,12 +102,16 @@ def inexact_layers(folder: Path) -> int:
 
 
 def rounds_inputs(folder: Path) -> bool:
-    """Whether a model's config.json says of any layer that its inputs are rounded as they come."""
+    """Whether a model says of any layer that its inputs are rounded as they come."""
+    if quant_method(folder) == QUANT_METHOD:
+        return QuantizedFolder(folder).rounds_inputs
+    return compressed_tensors.rounds_inputs(_quantization_config(folder))
 
-    def said(value: Any) -> bool:
-        if isinstance(value, dict):
-            named = (value.get(key) for key in ("activations", "input_activations"))
-            return any(each not in (None, "none") for each in named) or any(said(inner) for inner in value.values())
-        return isinstance(value, list) and any(said(inner) for inner in value)
 
-    return said(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+def _quantization_config(folder: Path) -> dict[str, Any]:
+    """What a model's config.json says of its quantization; nothing if it is not quantized."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: has no readable config.json ({error})") from error
+    return config.get("quantization_config") or {}

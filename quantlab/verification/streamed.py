@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from quantlab_kernels import rounded
 from torch import nn
 
 from quantlab.checkpoint.placement import assign, selected, unload
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.source import ModelSource
+from quantlab.engine.rounded_inputs import inputs_rounded
 
 SHAKE = 2.0**-18
 """How far inputs are moved, as a part of themselves: well above what rounding of float32 does, and as harmless."""
@@ -38,11 +38,7 @@ def decoded_logits(
         shaken: move what comes into each module in the last prompt by :data:`SHAKE` of itself, up or down at random.
     """
     model = folder.skeleton(dtype=torch.float32)
-    for name, storage in folder.layers.items():
-        if storage.activations != "none":
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, to=storage.activations: (rounded(inputs[0], to), *inputs[1:])
-            )
+    activations = {name: storage.activations for name, storage in folder.layers.items()}
 
     def load(model: nn.Module, names: set[str]) -> None:
         folder.load(model, names)
@@ -50,7 +46,8 @@ def decoded_logits(
             for tensor, places in selected(model, name.__eq__):
                 assign(places, tensor.to((through or {})[name]).float())
 
-    return _streamed(model, load, prompts, shaken)
+    with inputs_rounded(model, activations):
+        return _streamed(model, load, prompts, shaken)
 
 
 def original_logits(source: ModelSource, prompts: Sequence[Sequence[int]], *, shaken: bool = False) -> torch.Tensor:

@@ -54,6 +54,10 @@ def test_the_last_error_is_raised_at_the_end():
 
 
 def test_another_error_goes_first():
-    with pytest.raises(KeyError), Behind() as behind:
-        behind.call(fail)
-        raise KeyError
+    def fail_twice() -> None:
+        with Behind() as behind:
+            behind.call(fail)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_twice()

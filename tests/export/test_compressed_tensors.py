@@ -20,8 +20,10 @@ from transformers import (
 )
 
 import quantlab
+from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.errors import CheckpointError
 from quantlab.export import export
+from quantlab.export.compressed_tensors import rounds_inputs
 
 pytest.importorskip("compressed_tensors")
 
@@ -91,6 +93,8 @@ def test_activations_are_rounded_by_the_library_as_they_are_here(name, tmp_path)
     assert config["format"] == group["format"] == f"{kind}-quantized"
     inputs = {key: group["input_activations"][key] for key in ("num_bits", "type", "symmetric", "strategy", "dynamic")}
     assert inputs == {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    assert rounds_inputs(config)
+    assert QuantizedFolder(folder).rounds_inputs
     model = loaded(tmp_path / "ct")
     assert logits(model).isfinite().all()
     our_model = quantlab.load(folder)
@@ -103,6 +107,15 @@ def test_activations_are_rounded_by_the_library_as_they_are_here(name, tmp_path)
         # The library divides by 127.5 where servers and we divide by 127, and rounds scales to bfloat16.
         assert (theirs - ours).norm() < 1.6 * (ours - without).norm()
         assert (ours - without).norm() < (0.04 if name == "fp8" else 0.015) * without.norm()
+
+
+@pytest.mark.parametrize("inputs", [{}, {"layers": {"*.k_proj": ACTIVATIONS["w8a8"]}}], ids=["none", "some"])
+def test_folders_say_whether_any_layer_rounds_its_inputs(inputs, tmp_path):
+    folder = quantized(tmp_path, {"format": "int8", "granularity": "channel", **inputs})
+    export(folder, "compressed-tensors", tmp_path / "ct", settings={"fused": "any"})
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert QuantizedFolder(folder).rounds_inputs == rounds_inputs(config) == bool(inputs)
+    assert not rounds_inputs({"quant_method": "gptq", "bits": 4})
 
 
 @pytest.mark.parametrize("to", ["gptq", "gguf"])

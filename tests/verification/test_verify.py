@@ -261,17 +261,3 @@ def test_the_program_imports_nothing_of_quantlab_unasked():
         check=False,
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("layers", "rounds"),
-    [
-        ({"a": {"format": "int8", "activations": "none"}}, False),
-        ({"a": {"format": "int8", "activations": "none"}, "b": {"format": "int8", "activations": "int8"}}, True),
-        ({"config_groups": {"group_0": {"input_activations": None}}}, False),
-        ({"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}, True),
-    ],
-)
-def test_rounded_inputs_are_found_in_any_config(tmp_path, layers, rounds):
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": layers}))
-    assert loader.rounds_inputs(tmp_path) == rounds

@@ -146,9 +146,23 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {
         "model_class": type(model).__name__,
         "dtype": str(getattr(model, "dtype", None) or "unknown").removeprefix("torch."),
-        "device": input_device(model).type,
+        "device": running_on(model),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown",
     }
+
+
+def running_on(model: nn.Module) -> str:
+    """The kinds of devices that a model is on, GPUs by what they are: ``cpu``, ``cuda (NVIDIA H100), cpu, disk``."""
+    places = getattr(model, "hf_device_map", None) or {"": input_device(model)}
+    return ", ".join(dict.fromkeys(_named(place) for place in places.values()))
+
+
+def _named(place: Any) -> str:
+    """A place of accelerate's device maps: a device, its name, a GPU's number, or the disk."""
+    if place == "disk":
+        return "disk"
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def input_device(model: nn.Module) -> torch.device:

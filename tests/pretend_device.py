@@ -9,10 +9,14 @@ backward passes run on the thread that asks for them, as they do on the CPU.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -113,6 +117,21 @@ class PretendDevice(TorchDispatchMode):
         self.work = self.work_on_cpu = self.peak = 0
         self._tensors: list[weakref.ref[PretendTensor]] = []
         self._count = 0
+        self._entered = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Make the device known to what dispatch does not reach: constructors, generators, the threads of a loader."""
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(patch.object(torch, "Generator", _Generator))
+            entered.enter_context(patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
+            entered.enter_context(_Constructors())
+            self._entered = entered.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        """There is no such device any more."""
+        super().__exit__(*reason)
+        self._entered.close()
 
     def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on the numbers of its arguments, for one of the two devices."""
@@ -150,6 +169,26 @@ class PretendDevice(TorchDispatchMode):
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class _Constructors(TorchFunctionMode):
+    """``torch.tensor``, which goes to its device where no dispatch mode sees it."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make it on the CPU first."""
+        kwargs = kwargs or {}
+        wanted = kwargs.get("device")
+        if function is torch.tensor and wanted is not None and torch.device(wanted).type == _DEVICE.type:
+            return function(*args, **{**kwargs, "device": _CPU}).to(_DEVICE)
+        return function(*args, **kwargs)
+
+
+class _Generator(torch.Generator):
+    """Random numbers of the device are the CPU's."""
+
+    def __new__(cls, device: Any = _CPU) -> Self:
+        """One of the CPU."""
+        return super().__new__(cls, _CPU)
 
 
 def _check_apart(name: str, args: Any, strangers: list[torch.Tensor]) -> None:

@@ -29,7 +29,7 @@ _COPIES = {"copy_", "_to_copy"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # What takes time: work that was meant for the device and done on the CPU would be among these.
 _PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "addmv", "mv", "dot", "addr_", "linalg_cholesky_ex"}
-_PRODUCTS |= {"_linalg_eigh", "linalg_qr", "linalg_solve_triangular"}
+_PRODUCTS |= {"_linalg_eigh", "linalg_qr", "linalg_solve_triangular", "linear", "matmul", "einsum"}
 
 
 class PretendTensor(torch.Tensor):
@@ -141,10 +141,9 @@ class PretendDevice(TorchDispatchMode):
         own = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
         if own:
             _check_apart(name, args, [tensor for tensor in tensors if tensor.device == _CPU and tensor.ndim])
-        wanted = kwargs.get("device")
+        # In inference mode operations come as they were called: devices stand anywhere, and products have other names.
+        wanted = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)), None)
         here = bool(own) if wanted is None else wanted.type == _DEVICE.type
-        if here and wanted is not None:
-            kwargs["device"] = _CPU
         if name in _PRODUCTS:
             size = max(tensor.numel() for tensor in tensors)
             self.work, self.work_on_cpu = max(self.work, here * size), max(self.work_on_cpu, (not here) * size)
@@ -202,6 +201,8 @@ def _check_apart(name: str, args: Any, strangers: list[torch.Tensor]) -> None:
 
 
 def _numbers(leaf: Any) -> Any:
+    if isinstance(leaf, torch.device) and leaf.type == _DEVICE.type:
+        return _CPU
     return leaf.numbers if isinstance(leaf, PretendTensor) else leaf
 
 

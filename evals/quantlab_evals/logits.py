@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EvalError
+from .machine import device_name
 from .windows import Windows, check_length
 
 CHUNK_VALUES = 2**24
@@ -154,15 +155,12 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 def running_on(model: nn.Module) -> str:
     """The kinds of devices that a model is on, GPUs by what they are: ``cpu``, ``cuda (NVIDIA H100), cpu, disk``."""
     places = getattr(model, "hf_device_map", None) or {"": input_device(model)}
-    return ", ".join(dict.fromkeys(_named(place) for place in places.values()))
+    return ", ".join(dict.fromkeys(device_name(place) for place in places.values()))
 
 
-def _named(place: Any) -> str:
-    """A place of accelerate's device maps: a device, its name, a GPU's number, or the disk."""
-    if place == "disk":
-        return "disk"
-    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate put parts of a model into different places: some come when they are called."""
+    return len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -115,7 +115,7 @@ def computing(remedy: str = _QUANTIZING) -> Iterator[None]:
     """Products of float32 are float32's, whatever the process or its container chose: TF32 has three digits.
 
     Args:
-        remedy: what a person can do where a device has no memory left.
+        remedy: see :func:`enough_memory`.
 
     Raises:
         QuantlabError: in the place of torch's, where a device has no memory left.
@@ -123,13 +123,28 @@ def computing(remedy: str = _QUANTIZING) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
+        with enough_memory(remedy):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def enough_memory(remedy: str = MEASURING) -> Iterator[None]:
+    """Say plainly that a device has no memory left.
+
+    Args:
+        remedy: what a person can do then.
+
+    Raises:
+        QuantlabError: in the place of torch's.
+    """
+    try:
         yield
     except torch.OutOfMemoryError as error:
         raise QuantlabError(
             f"the device has no memory left ({' '.join(str(error).split())[:200]}); {remedy}"
         ) from error
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -236,6 +236,8 @@ def test_quantize_for_a_person(call, place):
         (["eval", "model", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["eval", "model", "w4", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["eval-generation", "model", "--out", "new", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["compare", "model", "--grid", "formats=int4", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
+        (["plan", "model", "-b", "4", "-o", "new.yaml", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
         (["compare", "model"], "Missing option '--grid'"),
         (["compare", "model", "--grid", "format=int4"], "unknown axis 'format'; axes are formats, bits, groups"),
         (["compare", "model", "--grid", "formats=int4 groups=48"], "not divisible by group size 48"),

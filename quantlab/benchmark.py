@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from quantlab_evals import (
     LoadCost,
     Speed,
@@ -18,9 +20,11 @@ from quantlab_evals import (
     measure_speed,
     stream_bandwidth,
 )
+from quantlab_evals.logits import input_device
 
+from quantlab.engine.device import Placement, enough_memory
 from quantlab.errors import QuantlabError
-from quantlab.evaluation.subject import Subject
+from quantlab.evaluation.subject import Device, Subject, check_room, placed
 from quantlab.layer_speed import LayerSpeed, layer_speeds
 
 Progress = Callable[[int, int, str], None]
@@ -115,6 +119,7 @@ def bench(
     settings: SpeedSettings | None = None,
     memory: bool = True,
     layers: bool = True,
+    device: Device = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Measure models in turns: speed of prompts and of decoding, kernels layer by layer, memory and time of loading.
@@ -127,42 +132,64 @@ def bench(
         settings: of the measurement of speed.
         memory: whether to measure loading.
         layers: whether to measure each kind of layer alone.
+        device: where models run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: on the GPUs, and what has no room there in
+            memory or on disk; such a model is not compiled. None: the CPU.
         progress: told what is being done.
 
     Raises:
-        QuantlabError: there is no such model, or the same one twice.
+        QuantlabError: there is no such model or device, or the same model twice; memory does not suffice.
         EvalError: a setting cannot be, or a model cannot decode.
     """
     settings = settings or SpeedSettings()
     started = time.perf_counter()
-    subjects = _subjects([*models, *([] if against is None else [against])])
+    placement = placed(device)
+    subjects = _subjects([*models, *([] if against is None else [against])], placement)
+    check_room(subjects.values())
     tell = progress or (lambda *_: None)
-    loaded = {}
-    for place, (name, subject) in enumerate(subjects.items()):
-        tell(place, len(subjects), f"load {name}")
-        loaded[name] = subject.loaded()
-    bandwidth = stream_bandwidth()
-    comparison = measure_speed(loaded, settings, progress=tell)
-    kinds: dict[str, tuple[LayerSpeed, ...]] = dict.fromkeys(subjects, ())
-    if layers:
-        kinds = layer_speeds(loaded, settings, bandwidth, lambda done, total: tell(done, total, "layers"))
+    with enough_memory():
+        comparison, bandwidth, kinds, sizes = _measured(subjects, settings, layers, tell)
+    gc.collect()
+    torch.cuda.empty_cache()  # what this process keeps of a GPU, the next one does not get
     threads = comparison.machine.threads
     benched = []
-    for place, (speed, subject) in enumerate(zip(comparison.models, subjects.values(), strict=True)):
+    for place, speed in enumerate(comparison.models):
         cost = None
         if memory:
             tell(place, len(subjects), f"load {speed.name} in a process of its own")
-            cost = load_cost(LOAD, speed.name, threads=threads, prompt_tokens=settings.prompt_tokens)
-        benched.append(BenchedModel(speed, subject.bytes(loaded[speed.name]), cost, kinds[speed.name]))
+            cost = loading(speed.name, device, threads=threads, prompt_tokens=settings.prompt_tokens)
+        benched.append(BenchedModel(speed, sizes[speed.name], cost, kinds[speed.name]))
     named = None if against is None else str(against)
     return Bench(comparison, tuple(benched), named, bandwidth, time.perf_counter() - started)
 
 
-def _subjects(models: Sequence[str | Path]) -> dict[str, Subject]:
+def loading(model: str, device: Device, *, threads: int, prompt_tokens: int) -> LoadCost:
+    """What it takes to load a model onto a device, and to run it there, in a process of its own."""
+    options = {} if device is None else {"device": str(device)}
+    return load_cost(LOAD, model, options=options, threads=threads, prompt_tokens=prompt_tokens)
+
+
+def _measured(
+    subjects: Mapping[str, Subject], settings: SpeedSettings, layers: bool, tell: Progress
+) -> tuple[SpeedComparison, float, dict[str, tuple[LayerSpeed, ...]], dict[str, int]]:
+    """Of models that are in memory together: speed, the bandwidth of memory, layers and bytes."""
+    loaded = {}
+    for place, (name, subject) in enumerate(subjects.items()):
+        tell(place, len(subjects), f"load {name}")
+        loaded[name] = subject.loaded()
+    bandwidth = stream_bandwidth(device=input_device(next(iter(loaded.values()))))
+    comparison = measure_speed(loaded, settings, progress=tell)
+    kinds: dict[str, tuple[LayerSpeed, ...]] = dict.fromkeys(subjects, ())
+    if layers:
+        kinds = layer_speeds(loaded, settings, bandwidth, lambda done, total: tell(done, total, "layers"))
+    sizes = {name: subject.bytes(loaded[name]) for name, subject in subjects.items()}
+    return comparison, bandwidth, kinds, sizes
+
+
+def _subjects(models: Sequence[str | Path], placement: Placement | None) -> dict[str, Subject]:
     """Models by what they are called; the configuration of every one can be read."""
     names = [str(model) for model in models]
     if not names:
         raise QuantlabError("there is no model to measure; name one")
     if again := next((name for name in names if names.count(name) > 1), None):
         raise QuantlabError(f"{again}: is named twice; a model is measured once, and --against adds the original")
-    return {name: Subject.of(name) for name in names}
+    return {name: Subject.of(name, placement) for name in names}

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantlab_evals.machine import device_name
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.on_device import DeviceSource
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModuleSource, open_source
 from quantlab.engine import preflight
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
+from quantlab.engine.device import choose_device, computing
 from quantlab.engine.progress import Progress, Silent, Start
 from quantlab.engine.survey import Measured, Plan, Survey, choose_layers, plan_each, wanted
 from quantlab.errors import PreflightError, RecipeError
@@ -25,6 +28,7 @@ from quantlab.problem import Statistic
 from quantlab.recipe import Recipe, Scheme, load_recipe
 from quantlab.variants import Grid, Variant, expand
 
+_REMEDY = "end what else is on the device, use fewer calibration tokens, or --device cpu"
 # Blocks that are looked at if nobody says which.
 BLOCKS = 4
 
@@ -125,6 +129,7 @@ class Comparison:
         calibration: how the calibration data came about; empty if no input was seen.
         notes: what a person should know.
         seconds: that all of it took.
+        device: that it was measured on.
     """
 
     model: str
@@ -135,6 +140,7 @@ class Comparison:
     calibration: dict[str, Any]
     notes: tuple[str, ...]
     seconds: float
+    device: str = "cpu"
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -174,7 +180,7 @@ class Comparison:
             for entry in self.skipped
         ]
         flat = {name: getattr(self, name) for name in ("model", "recipe", "selection", "calibration", "notes")}
-        return {**flat, "seconds": self.seconds, "variants": variants, "skipped": skipped}
+        return {**flat, "device": self.device, "seconds": self.seconds, "variants": variants, "skipped": skipped}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
@@ -189,6 +195,7 @@ class Comparison:
         compared = [VariantComparison(variant(v), tuple(map(layer, v["layers"]))) for v in data["variants"]]
         skipped = [Skipped(variant(entry), entry["reason"]) for entry in data["skipped"]]
         plain = {name: data[name] for name in ("model", "recipe", "selection", "calibration", "seconds")}
+        plain["device"] = data.get("device", "cpu")
         return cls(**plain, variants=tuple(compared), skipped=tuple(skipped), notes=tuple(data["notes"]))
 
 
@@ -201,6 +208,7 @@ def compare(
     layers: Sequence[str] | None = None,
     blocks: int | None = BLOCKS,
     outputs: bool = False,
+    device: str | torch.device = "cpu",
     calibration: CalibrationText | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
@@ -218,14 +226,17 @@ def compare(
         layers: patterns of layers, as in recipes. None: all linear layers of ``blocks`` blocks.
         blocks: how many blocks, spread evenly over the model; None: all.
         outputs: measure outputs even where no method needs inputs.
+        device: where layers are tried: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one.
         calibration: documents, or token ids int64 ``[samples, length]``, instead of the recipe's source.
         tokenizer: for a model in memory; otherwise the model's own is loaded.
         progress: told what happens: each layer, once for every variant.
 
     Raises:
-        QuantlabError: before any work: a grid, pattern or recipe that cannot be, or none of whose combinations can.
+        QuantlabError: before any work: a device, grid, pattern or recipe that cannot be, or a grid none of whose
+            combinations can.
     """
     progress, started = progress or Silent(), time.perf_counter()
+    where = choose_device(device)
     chosen = load_recipe(recipe, overrides)
     if chosen.transforms:
         rewritten = ", ".join(chosen.transforms)
@@ -234,7 +245,8 @@ def compare(
             "add --set transforms=none"
         )
     variants = expand(grid, chosen.default)
-    source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    opened = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    source = opened if where.type == "cpu" else DeviceSource(opened, where)
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     names, selection = choose_layers(layers, blocks, architecture, skeleton)
@@ -244,15 +256,16 @@ def compare(
     needed, data = wanted(plans.values()), None
     if outputs or needed:
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
-            tokenizer = source.tokenizer()
+            tokenizer = opened.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
         tokenizer = None  # some take as much memory as a block
     start = _start(chosen, architecture, next(iter(plans.values())), data, len(plans))
-    preflight.check_memory(start.plan, architecture, skeleton, data.tokens.numel() if data else 0)
+    preflight.check_memory(start.plan, architecture, skeleton, data.tokens.numel() if data else 0, where)
     progress.start(start)
     batches = data.batches() if data else []
     survey = Survey(source, skeleton, architecture, list(plans.values()), batches, progress)
-    measured = survey.execute()
+    with computing(_REMEDY):
+        measured = survey.execute()
     progress.finish()
     skipped |= {list(plans)[place]: reason for place, reason in survey.refused.items()}
     if len(skipped) == len(variants):
@@ -270,6 +283,7 @@ def compare(
         calibration=data.description if data else {},
         notes=_notes(chosen, needed),
         seconds=time.perf_counter() - started,
+        device=device_name(where),
     )
 
 

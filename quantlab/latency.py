@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from quantlab_evals import SpeedSettings, Timing, layer_timings, measure_speed
+from quantlab_evals.machine import device_name
 from torch import nn
 
 from quantlab.allocation.task import Task
@@ -18,7 +19,7 @@ from quantlab.model_shape import routed_share
 from quantlab.nn import QuantLinear, Storage
 
 HERE = "here"
-"""The device that is measured, kernel by kernel; ``cpu`` is its roofline."""
+"""The device that is measured, kernel by kernel: the one that the task is on; ``cpu`` is a roofline."""
 
 # Layers of a kind that are called in turns: the first call of a turn brings the code back and is not counted.
 _ALIKE, _ROUNDS = 3, 5
@@ -76,9 +77,9 @@ def _measured(task: Task, shares: Mapping[str, float]) -> Latency:
             by_layer[name][number] = shares[name] * timings[_key(planned_storage(plan[name]))].median
     step = measure_speed({"original": task.model()}, _STEP).models[0].best(1).step.median
     inside = sum(shares[name] * _original(task, name, timings).median for name in task.names)
-    return Latency(
-        by_layer, max(0.0, step - inside), f"measured here, {torch.get_num_threads()} threads, without compiling"
-    )
+    device = task.source.device
+    how = f"{torch.get_num_threads()} threads" if device.type == "cpu" else f"on {device_name(device)}"
+    return Latency(by_layer, max(0.0, step - inside), f"measured here, {how}, without compiling")
 
 
 def _calls(task: Task) -> dict[str, tuple[list[nn.Module], torch.Tensor]]:
@@ -87,11 +88,13 @@ def _calls(task: Task) -> dict[str, tuple[list[nn.Module], torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for name in task.names:
         rows, columns = next(iter(task.plans.values()))[name].shape if task.plans else task.weight(name).shape
-        x = torch.randn(1, columns, generator=generator).to(task.source.dtype)
-        calls.setdefault(f"{rows}x{columns}", ([_linear(rows, columns, task.source.dtype) for _ in range(_ALIKE)], x))
+        device = task.source.device
+        x = torch.randn(1, columns, generator=generator).to(device, task.source.dtype)
+        original = [_linear(rows, columns, task.source.dtype).to(device) for _ in range(_ALIKE)]
+        calls.setdefault(f"{rows}x{columns}", (original, x))
         for plan in task.plans.values():
             storage = planned_storage(plan[name])
-            calls.setdefault(_key(storage), ([_random(storage, generator) for _ in range(_ALIKE)], x))
+            calls.setdefault(_key(storage), ([_random(storage, generator).to(device) for _ in range(_ALIKE)], x))
     return calls
 
 

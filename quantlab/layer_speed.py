@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from quantlab_evals import SpeedSettings, Timing, layer_timings
+from quantlab_evals.logits import input_device
 from quantlab_kernels import Choice, choose
 from torch import nn
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.load import load
 from quantlab.engine.architecture import features, is_linear
+from quantlab.engine.device import choose_placement, enough_memory
 from quantlab.errors import QuantlabError
 from quantlab.nn import QuantLinear
 
@@ -81,19 +83,23 @@ class ChosenKernel:
     kernel: str
 
 
-def kernels(model: str | Path, rows: Sequence[int] = (1, 4, 16, 128)) -> tuple[ChosenKernel, ...]:
+def kernels(
+    model: str | Path, rows: Sequence[int] = (1, 4, 16, 128), device: str | torch.device = "cpu"
+) -> tuple[ChosenKernel, ...]:
     """Which kernels the quantized layers of a model run on this machine. Nothing is measured.
 
     Args:
         model: what a person calls it.
         rows: of activations: a batch that decodes, or a prompt.
+        device: where it runs.
 
     Raises:
-        QuantlabError: there is no such model, or none of its layers is quantized.
+        QuantlabError: there is no such model or device, or none of its layers is quantized.
     """
     if not rows or any(type(count) is not int or count < 1 for count in rows):
         raise QuantlabError(f"rows {list(rows)!r}: use one or more whole numbers, each at least 1")
-    loaded = load(model)
+    with enough_memory():
+        loaded = load(model, **choose_placement(device).loading)
     found = []
     for kind, alike in _kinds(loaded).items():
         layer = alike[0]
@@ -138,7 +144,7 @@ def layer_speeds(
     for rows in settings.batches:
         for name, model in models.items():
             for kind, alike in _kinds(model).items():
-                x = torch.randn(rows, kind.shape[1], generator=generator).to(model.device, model.dtype)
+                x = torch.randn(rows, kind.shape[1], generator=generator).to(input_device(model), model.dtype)
                 key = str(len(calls))
                 calls[key] = alike, x
                 found = LayerSpeed(kind.layer, kind.format, kind.shape, len(alike), rows, kind.bytes, empty, bandwidth)

@@ -34,6 +34,7 @@ class Check:
         length: tokens in a window; None: as :func:`quantlab.evaluate` has it.
         calibration: instead of the recipe's source.
         tokenizer: for a model in memory.
+        device: where plans are quantized and measured, see :func:`quantlab.engine.device.choose_placement`.
     """
 
     model: Model
@@ -42,18 +43,27 @@ class Check:
     length: int | None = None
     calibration: CalibrationText | None = None
     tokenizer: Any = None
+    device: str = "cpu"
 
     def measure(self, plan: Plan) -> Plan:
         """The plan with what it really loses: quantized into a temporary folder, and measured against the original."""
         with tempfile.TemporaryDirectory(prefix="quantlab-") as folder:
             out = Path(folder) / "out"
-            quantize(self.model, plan.recipe(), out, calibration=self.calibration, tokenizer=self.tokenizer)
+            quantize(
+                self.model,
+                plan.recipe(),
+                out,
+                calibration=self.calibration,
+                tokenizer=self.tokenizer,
+                device=self.device,
+            )
             found = evaluate(
                 str(out),
                 self.text,
                 against=self.model,
                 length=self.length,
                 windows=self.windows,
+                device=None if self.device == "cpu" else self.device,
                 tokenizer=self.tokenizer,
             )
         assert found.divergence is not None

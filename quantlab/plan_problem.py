@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quantlab_evals.machine import device_name
 
 from quantlab.allocation import bisection, sensitivity_called
 from quantlab.allocation.budget import Budget
@@ -23,12 +24,18 @@ from quantlab.allocation.sensitivity import NATS, Sensitivity, read, write
 from quantlab.allocation.solvers import solver_called
 from quantlab.allocation.task import Task
 from quantlab.engine.architecture import Architecture
+from quantlab.engine.device import computing, enough_memory
 from quantlab.errors import RecipeError
 from quantlab.latency import HERE, Latency, latency
 from quantlab.recipe import Recipe, load_recipe
 
 BISECTION = "bisection"
 """The solver that evaluates choices instead of believing predictions."""
+
+_REMEDY = (
+    "end what else is on the device, use fewer calibration tokens, or sensitivity error with coefficients none, which "
+    "holds one block, or --device cpu"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +53,7 @@ class Planning:
         file: where the sensitivity is kept.
         identity: what it depends on.
         calibration: how the text came about.
-        device: what seconds are of; None: nobody asks, or ``here``.
+        seconds_of: a device; None: nobody asks, or ``here``.
     """
 
     model: str
@@ -59,12 +66,13 @@ class Planning:
     file: Path
     identity: Mapping[str, Any]
     calibration: Mapping[str, Any]
-    device: str | None = None
+    seconds_of: str | None = None
 
     @cached_property
     def latency(self) -> Latency:
         """Seconds of each layer under each candidate, measured or computed when they are first asked for."""
-        return latency(self.task, self.device or HERE)
+        with enough_memory(_REMEDY):
+            return latency(self.task, self.seconds_of or HERE)
 
     def measured(self) -> tuple[Sensitivity, bool]:
         """The sensitivity, measured now or before; and whether it was there."""
@@ -72,9 +80,12 @@ class Planning:
         if known is not None:
             return known, True
         wall, cpu = time.perf_counter(), time.process_time()
-        found = sensitivity_called(self.method)(self.task)
+        with computing(_REMEDY):
+            found = sensitivity_called(self.method)(self.task)
+        device = self.task.source.device
         found = replace(
             found,
+            notes=(*found.notes, *([] if device.type == "cpu" else [f"measured on {device_name(device)}"])),
             identity=self.identity,
             calibration=dict(self.calibration),
             seconds=time.perf_counter() - wall,
@@ -92,7 +103,7 @@ class Planning:
                 name: np.where(np.isfinite(size), bits * weights[name], math.inf) for name, size in self.bytes.items()
             }
             return Costs(CODES, codes, weights=sum(weights.values()))
-        if budget.kind == "seconds" or (budget.of_loss and self.device is not None):
+        if budget.kind == "seconds" or (budget.of_loss and self.seconds_of is not None):
             return Costs(SECONDS, self.latency.by_layer, sum(weights.values()), self.latency.fixed)
         return Costs(BYTES, self.bytes, weights=sum(weights.values()), fixed=self.fixed_bytes)
 
@@ -172,14 +183,16 @@ class Planning:
         """Within a loss that is measured, not predicted."""
         if budget.kind != "loss":
             raise RecipeError(f"budget {budget}: the bisection keeps a tolerance that it measures: loss=0.05 or ppl=2%")
-        evaluated, known = Evaluated(self.task, items), {}
+        known: dict[tuple[int, ...], float] = {}
+        with computing(_REMEDY):
+            evaluated = Evaluated(self.task, items)
 
-        def holds(chosen: Sequence[int]) -> bool:
-            if tuple(chosen) not in known:
-                known[tuple(chosen)] = evaluated.loss(chosen)
-            return known[tuple(chosen)] <= budget.limit
+            def holds(chosen: Sequence[int]) -> bool:
+                if tuple(chosen) not in known:
+                    known[tuple(chosen)] = evaluated.loss(chosen)
+                return known[tuple(chosen)] <= budget.limit
 
-        chosen = bisection.search(choices, holds)
+            chosen = bisection.search(choices, holds)
         plan = self._plan(budget, items, chosen, choices, sensitivity, solver=BISECTION, cached=cached)
         return replace(plan, measured=known[chosen], notes=(*plan.notes, f"{evaluated.evaluations} real evaluations"))
 

@@ -19,11 +19,15 @@ from quantlab.allocation.plan import Plan
 from quantlab.allocation.sensitivity import VERSION
 from quantlab.allocation.task import Task, Tell, as_variant, plan_candidates
 from quantlab.checkpoint.cache import cache_dir
+from quantlab.checkpoint.on_device import DeviceSource
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import ModuleSource, open_source, parameter_bytes
+from quantlab.devices import device_names
 from quantlab.engine.architecture import Architecture, describe
 from quantlab.engine.calibration import CalibrationText, prepare
+from quantlab.engine.device import choose_device
 from quantlab.errors import PreflightError, RecipeError
+from quantlab.latency import HERE
 from quantlab.plan_problem import Planning
 from quantlab.recipe import Recipe, load_recipe, matches
 from quantlab.variants import Grid, expand
@@ -47,7 +51,8 @@ def plan(
     keep: bool = False,
     together: bool = True,
     solver: str = "auto",
-    device: str | None = None,
+    device: str | torch.device | None = None,
+    latency: str | None = None,
     calibration: CalibrationText | None = None,
     tokenizer: Any = None,
     cache: str | Path | None = None,
@@ -69,7 +74,9 @@ def plan(
         keep: whether a layer may also stay as it is.
         together: layers that one fused kernel would run (q/k/v, gate/up, experts of a block) get the same scheme.
         solver: ``auto``, ``knapsack``, ``milp`` or ``search``; ``bisection`` really evaluates, for a budget of loss.
-        device: what seconds are of: ``here``, measured, or a device whose roofline is taken, see
+        device: where the model is measured: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one. What
+            ``latency`` takes is taken for that, where that is not given: it once went by this name.
+        latency: what seconds are of: ``here``, measured on ``device``, or a device whose roofline is taken, see
             :func:`quantlab.devices.device_called`. With a budget of loss: the fastest plan, not the smallest. None:
             ``here``, if seconds are asked for.
         calibration: documents, or token ids int64 ``[samples, length]``, instead of the recipe's source.
@@ -92,6 +99,7 @@ def plan(
         keep=keep,
         together=together,
         device=device,
+        latency=latency,
         calibration=calibration,
         tokenizer=tokenizer,
         cache=cache,
@@ -113,13 +121,17 @@ def prepare_planning(
     include: Sequence[str] = (),
     keep: bool = False,
     together: bool = True,
-    device: str | None = None,
+    device: str | torch.device | None = None,
+    latency: str | None = None,
     calibration: CalibrationText | None = None,
     tokenizer: Any = None,
     cache: str | Path | None = None,
     tell: Tell | None = None,
 ) -> Planning:
     """Everything of :func:`plan` that needs no budget, and no measuring yet. Its arguments are that function's."""
+    if latency is None and isinstance(device, str) and _is_of_seconds(device):
+        device, latency = None, device
+    where = choose_device("cpu" if device is None else device)
     base = load_recipe(recipe, overrides)
     sensitivity_called(sensitivity)
     if base.transforms:
@@ -127,7 +139,8 @@ def prepare_planning(
             f"recipe {base.name!r} rewrites the model ({', '.join(base.transforms)}), and sensitivities are measured "
             "on it as it is; add --set transforms=none"
         )
-    source = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    opened = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+    source = opened if where.type == "cpu" else DeviceSource(opened, where)
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     names = _taking_part(base, architecture, include)
@@ -138,7 +151,7 @@ def prepare_planning(
         number, reason = next(iter(refused.items()))
         raise PreflightError(f"candidate {variants[number].name}: {reason}; leave it out, or use another group size")
     if tokenizer is None and not isinstance(calibration, torch.Tensor):
-        tokenizer = source.tokenizer()
+        tokenizer = opened.tokenizer()
     data = prepare(base.calibration, tokenizer, source.config, calibration)
     task = Task(
         source,
@@ -147,7 +160,7 @@ def prepare_planning(
         names,
         variants,
         plans,
-        data.tokens,
+        data.tokens.to(where),
         tell or (lambda _done, _total, _what: None),
         {"together": together, **(options or {})},
     )
@@ -160,6 +173,7 @@ def prepare_planning(
         "layers": list(names),
         "candidates": [asdict(variant) for variant in variants],
         "calibration": data.description["sha256"],
+        **({} if where.type == "cpu" else {"device": where.type}),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / "sensitivities" if cache is None else Path(cache)
@@ -174,8 +188,14 @@ def prepare_planning(
         file=folder / f"{sensitivity}-{digest}.json",
         identity=identity,
         calibration=data.description,
-        device=device,
+        seconds_of=latency,
     )
+
+
+def _is_of_seconds(device: str) -> bool:
+    """Whether a name is one of devices that seconds are of, not one of torch's; ``cpu`` is both."""
+    name, parenthesis, _ = device.partition("(")
+    return bool(parenthesis) or name.strip() in (HERE, *device_names())
 
 
 def _taking_part(base: Recipe, architecture: Architecture, include: Sequence[str]) -> tuple[str, ...]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from quantlab_evals import EvalError, Run, Speed, SpeedComparison, SpeedSettings, Timing, describe_machine
+from pretend_device import NAME, PretendDevice
+from quantlab_evals import (
+    EvalError,
+    Run,
+    Speed,
+    SpeedComparison,
+    SpeedSettings,
+    Timing,
+    describe_machine,
+    measure_speed,
+)
 from quantlab_kernels import force
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantlab
-from quantlab.benchmark import Bench, bench
-from quantlab.cli.show_bench import duration
+from quantlab.benchmark import Bench, bench, loading
+from quantlab.cli.show_bench import benched, duration
 from quantlab.errors import CheckpointError, QuantlabError
 from quantlab.layer_speed import LayerSpeed, kernels
 
@@ -131,6 +144,40 @@ def test_what_cannot_be_measured_is_refused(place, tmp_path):
         bench([place / "model"], settings=SpeedSettings(prompt_tokens=60, new_tokens=10, compiled=False))
 
 
+def test_on_a_device(place):
+    """Everything is computed there, and what was measured says so."""
+    with PretendDevice() as device:
+        found = bench([place / "w4"], against=place / "model", settings=QUICK, memory=False, device=NAME)
+        assert device.held() == 0
+        assert {kernel.kernel for kernel in kernels(place / "w4", [1], NAME)} == {"reference (no kernel for lazy)"}
+    assert device.work > 64 * 64
+    assert device.work_on_cpu == 0
+    assert {model.speed.device for model in found.models} == {found.comparison.machine.device} == {"lazy"}
+    assert {model["device"] for model in found.to_dict()["models"]} == {"lazy"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*benched(found))
+    assert re.search(r"^device +lazy *$", console.export_text(), re.M)
+    for model in found.models:
+        assert len(model.layers) == 2 * 8
+        assert all(layer.timing.median > 0 for layer in model.layers)
+
+
+def test_a_model_that_is_spread_is_not_compiled(place):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = quantlab.load(place / "w4", device_map=places)
+    found = measure_speed({"w4": model}, SpeedSettings(8, 3, rounds=1)).models[0]
+    assert [run.compiled for run in found.runs] == [False]
+    assert "spread over cpu, disk" in found.not_compiled
+
+
+def test_a_process_of_its_own_loads_where_it_is_told_to(place, monkeypatch):
+    found = bench([place / "w4"], settings=QUICK, layers=False, device="cpu")
+    assert found.models[0].loading.on_device is None
+    with pytest.raises(EvalError, match="device 'cuda:99' cannot be used here"):
+        loading(str(place / "w4"), "cuda:99", threads=1, prompt_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
@@ -178,6 +225,8 @@ def test_the_command(place):
     ("arguments", "said"),
     [
         (["bench", "w4", "--batch", "0"], "batches [0]"),
+        (["bench", "w4", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["bench", "w4", "--kernels", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["roofline", "model", "--device", "b9000"], "b9000"),
     ],
 )

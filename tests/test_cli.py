@@ -233,6 +233,11 @@ def test_quantize_for_a_person(call, place):
         (["inspect", "model"], "is not quantized"),
         (["inspect", "absent"], "absent: does not exist"),
         (["inspect", "model", "--set", "sort=size"], "use one of order, name, error, bits, bytes"),
+        (["eval", "model", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["eval", "model", "w4", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["eval-generation", "model", "--out", "new", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["compare", "model", "--grid", "formats=int4", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
+        (["plan", "model", "-b", "4", "-o", "new.yaml", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
         (["compare", "model"], "Missing option '--grid'"),
         (["compare", "model", "--grid", "format=int4"], "unknown axis 'format'; axes are formats, bits, groups"),
         (["compare", "model", "--grid", "formats=int4 groups=48"], "not divisible by group size 48"),
@@ -503,6 +508,9 @@ def test_eval_code_runs_nothing_unless_told_to(call, place):
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert "--execute-generated-code" in err
+    code, _, err = call(*arguments, "--execute-generated-code", "--device", "cuda:99")
+    assert code == 2
+    assert "device 'cuda:99' cannot be used here" in err or "this kernel offers no" in err
     code, out, _ = call(*arguments, "--execute-generated-code", "--json")
     if code == 2:
         assert "this kernel offers no" in json.loads(out)["error"]
@@ -558,5 +566,8 @@ def test_eval_tasks_and_summaries(call, place):
         else:
             assert code == 0, err
             assert all(word in out for word in words)
+            code, out, err = call(*arguments, "--device", "cuda:99")
+            assert code == 2
+            assert "device 'cuda:99' cannot be used here" in err
             assert json.loads(call(*arguments, "--json")[1])["model"] == "model"
     assert call("eval-tasks", "nowhere/at/all", "--task", "cats.yaml")[2].startswith("error: cats.yaml: no such task")

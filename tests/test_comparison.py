@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+from pretend_device import NAME, PretendDevice
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantlab
 from quantlab.comparison import Comparison, LayerComparison, VariantComparison
 from quantlab.compensation.base import COMPENSATIONS, register
-from quantlab.engine import survey
+from quantlab.engine import preflight, survey
 from quantlab.engine.statistics import InputAccumulator
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.numerics import QTensor
@@ -53,6 +55,32 @@ def compare(model, tokens):
         return quantlab.compare(model, grid, **{"recipe": RECIPE, "calibration": tokens, **kwargs})
 
     return run
+
+
+@pytest.mark.parametrize("grid", ["formats=int4,nf4 quantizers=rtn,gptq", "formats=int4 compensation=none,lorc:4"])
+def test_on_a_device(compare, grid):
+    """The same figures, all computed there; and nothing is left."""
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = compare(grid, blocks=2)
+        with PretendDevice() as device:
+            found = compare(grid, blocks=2, device=NAME)
+            assert device.held() == 0
+    assert device.work > 64 * 64
+    assert device.work_on_cpu == 0
+    assert (found.device, expected.device) == ("lazy", "cpu")
+    for ours, theirs in zip(found.variants, expected.variants, strict=True):
+        for layer, same in zip(ours.layers, theirs.layers, strict=True):
+            assert layer.bytes == same.bytes
+            assert layer.output_error == pytest.approx(same.output_error, rel=1e-4)
+            assert layer.weight_error == pytest.approx(same.weight_error, rel=1e-4)
+    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))).device == "lazy"
+
+
+def test_too_small_a_device(compare, monkeypatch):
+    monkeypatch.setattr(preflight, "free_bytes", lambda _: 10_000)
+    with PretendDevice() as device, pytest.raises(PreflightError, match="GB are free there"):
+        compare("formats=int4", device=NAME, outputs=True)
+    assert device.work == 0
 
 
 @pytest.fixture

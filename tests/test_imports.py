@@ -63,7 +63,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.comparison": TOP | {"quantlab.variants"},
     "quantlab.latency": TOP | {"quantlab.devices", "quantlab.model_shape"},
     "quantlab.plan_problem": TOP | {"quantlab.latency", "quantlab.variants"},
-    "quantlab.planning": TOP | {"quantlab.plan_problem", "quantlab.variants"},
+    "quantlab.planning": TOP | {f"quantlab.{part}" for part in ("devices", "latency", "plan_problem", "variants")},
     "quantlab.plan_check": TOP | {"quantlab.evaluation", "quantlab.plan_problem", "quantlab.planning"},
     "quantlab.benchmark": TOP | {"quantlab.layer_speed", "quantlab.evaluation"},
     "quantlab.devices": {"quantlab.errors", "quantlab_evals"},

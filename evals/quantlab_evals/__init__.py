@@ -13,7 +13,7 @@ from .errors import EvalError
 from .generation import Sampling, Scored, distinct, generate, repetition, sampling_grid, score
 from .layers import layer_timings
 from .loading import LoadCost, Memory, load_cost
-from .logits import TokenMeasure, describe_model, run_measures
+from .logits import TokenMeasure, describe_model, run_measures, running_on
 from .machine import Machine, describe_machine, matrix_flops, stream_bandwidth
 from .measures import MEASURES, PREDICTED, Measure, measure_called
 from .pareto import Front, Limit, best, figure, hypervolume, knee, non_dominated, pareto, within
@@ -120,6 +120,7 @@ __all__ = [
     "rouge_scorer",
     "run_measures",
     "run_tasks",
+    "running_on",
     "sampling_grid",
     "score",
     "stream_bandwidth",

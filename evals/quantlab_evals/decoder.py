@@ -28,6 +28,7 @@ from transformers.cache_utils import StaticLayer
 
 from .attention import ONE_QUERY
 from .errors import EvalError
+from .logits import input_device, is_spread, running_on
 
 Step = Callable[[Tensor], Tensor]
 
@@ -83,7 +84,7 @@ class GreedyDecoder:
         self._cache = StaticCache(config=model.config, max_cache_len=max_length)
         accepted = inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._cpp_wrapper = cpp_wrapper and model.device.type == "cpu"
+        self._cpp_wrapper = cpp_wrapper and input_device(model).type == "cpu"
         self._compiled = compiled
         self._run: Step | None = None
         self._used = 0
@@ -101,7 +102,7 @@ class GreedyDecoder:
             )
         self._cache.reset()
         self._used = prompt.shape[1]
-        return self._next(prompt.to(self.model.device))
+        return self._next(prompt.to(input_device(self.model)))
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -179,6 +180,11 @@ class GreedyDecoder:
         if not self._compiled:
             self._run = self._next
             return self._run(tokens)
+        if is_spread(self.model):  # what is compiled is bound to weights that stay where they are
+            raise EvalError(
+                f"the decode step of {type(self.model).__name__} cannot be compiled here: the model is spread over "
+                f"{running_on(self.model)}, and parts of it come when they are called"
+            )
         graph = _Graph(self._compile_options())
         # All that guards look at are the same objects with the same sizes; a window's length is a number of Python's.
         static = self._is_static()
@@ -238,7 +244,7 @@ class _Graph:
 def _one_query(model: PreTrainedModel) -> Iterator[None]:
     """While it is entered the model's attention is made for one query, where SDPA is what it uses otherwise."""
     usual = model.config._attn_implementation
-    if usual != "sdpa" or model.device.type != "cpu":
+    if usual != "sdpa" or input_device(model).type != "cpu":
         yield
         return
     model.set_attn_implementation(ONE_QUERY)

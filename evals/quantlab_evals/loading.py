@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -58,6 +58,7 @@ class LoadCost:
         baseline: resident bytes of the process before.
         prompt_tokens: of the prompt; ``new_tokens`` were decoded.
         new_tokens: see there.
+        on_device: the most bytes that tensors took on the GPUs; None on a CPU.
     """
 
     seconds: float
@@ -67,10 +68,17 @@ class LoadCost:
     baseline: int
     prompt_tokens: int
     new_tokens: int
+    on_device: int | None = None
 
 
 def load_cost(
-    load: str, model: str, *, threads: int | None = None, prompt_tokens: int = 128, new_tokens: int = 8
+    load: str,
+    model: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 8,
 ) -> LoadCost:
     """Load a model in a fresh process and decode a little.
 
@@ -79,6 +87,7 @@ def load_cost(
     Args:
         load: ``package.module:function``, which takes ``model`` and returns a transformers model.
         model: for that function.
+        options: for that function, too: what JSON can say.
         threads: of torch; None: as many as it takes by itself.
         prompt_tokens: of a random prompt.
         new_tokens: to decode after it.
@@ -88,7 +97,14 @@ def load_cost(
     """
     if not (_STATUS.is_file() and _CLEAR.exists()):
         raise EvalError("memory of a process is read from /proc/self/status, which only Linux has; measure it there")
-    request = {"load": load, "model": model, "threads": threads, "prompt": prompt_tokens, "new": new_tokens}
+    request = {
+        "load": load,
+        "model": model,
+        "options": dict(options or {}),
+        "threads": threads,
+        "prompt": prompt_tokens,
+        "new": new_tokens,
+    }
     command = [sys.executable, "-m", __name__, json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -98,11 +114,12 @@ def load_cost(
     return LoadCost(**{**found, "loaded": Memory(**found["loaded"]), "running": Memory(**found["running"])})
 
 
-def measure(load: str, model: str, threads: int | None, prompt: int, new: int) -> LoadCost:
+def measure(load: str, model: str, options: dict[str, Any], threads: int | None, prompt: int, new: int) -> LoadCost:
     """What :func:`load_cost` asks its process for."""
     import torch
 
     from .decoder import GreedyDecoder
+    from .logits import input_device
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -112,14 +129,17 @@ def measure(load: str, model: str, threads: int | None, prompt: int, new: int) -
     baseline = _resident()
     started, cpu = time.perf_counter(), time.process_time()
     with _watched(baseline) as loaded:
-        subject = loader(model)
+        subject = loader(model, **options)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     with _watched(baseline) as running:
         vocabulary = subject.config.get_text_config().vocab_size
         tokens = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
         GreedyDecoder(subject, prompt + new, compiled=False).generate(tokens, new)
     total = baseline["RssAnon"] + baseline["RssFile"]
-    return LoadCost(seconds, cpu_seconds, Memory(**loaded), Memory(**running), total, prompt, new)
+    on_device = None
+    if input_device(subject).type == "cuda":
+        on_device = sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
+    return LoadCost(seconds, cpu_seconds, Memory(**loaded), Memory(**running), total, prompt, new, on_device)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EvalError
+from .machine import device_name
 from .windows import Windows, check_length
 
 CHUNK_VALUES = 2**24
@@ -146,9 +147,20 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {
         "model_class": type(model).__name__,
         "dtype": str(getattr(model, "dtype", None) or "unknown").removeprefix("torch."),
-        "device": input_device(model).type,
+        "device": running_on(model),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown",
     }
+
+
+def running_on(model: nn.Module) -> str:
+    """The kinds of devices that a model is on, GPUs by what they are: ``cpu``, ``cuda (NVIDIA H100), cpu, disk``."""
+    places = getattr(model, "hf_device_map", None) or {"": input_device(model)}
+    return ", ".join(dict.fromkeys(device_name(place) for place in places.values()))
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate put parts of a model into different places: some come when they are called."""
+    return len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 _STREAM_BYTES = 256 << 20  # much more than a cache holds
+_SUMS_IN_A_ROW = 20
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Machine:
         memory: bytes.
         system: kernel and architecture.
         python: its version; ``torch`` and ``transformers`` likewise.
+        device: that models run on.
     """
 
     cpu: str
@@ -40,10 +42,11 @@ class Machine:
     python: str
     torch: str
     transformers: str
+    device: str = "cpu"
 
 
-def describe_machine() -> Machine:
-    """This machine, as it is now."""
+def describe_machine(device: torch.device | str = "cpu") -> Machine:
+    """This machine, as it is now, and the device that models run on."""
     return Machine(
         cpu=_processor(),
         instructions=torch.backends.cpu.get_cpu_capability(),
@@ -54,15 +57,40 @@ def describe_machine() -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
+        device=device_name(device),
     )
 
 
-def stream_bandwidth(rounds: int = 5) -> float:
-    """Bytes a second at which memory is read, with the threads that torch uses: the best of some sums of 256 MiB."""
-    buffer = torch.ones(_STREAM_BYTES // 4)
-    buffer.sum()
-    best = min(_seconds(lambda: buffer.sum()) for _ in range(rounds))
-    return _STREAM_BYTES / best
+def device_name(place: torch.device | str | int) -> str:
+    """What a place of accelerate's device maps is: ``cpu``, ``disk``; a GPU by its kind, ``cuda (NVIDIA H100)``."""
+    if place == "disk":
+        return "disk"
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def stream_bandwidth(rounds: int = 5, device: torch.device | str = "cpu") -> float:
+    """Bytes a second at which memory is read: the best of some sums of 256 MiB.
+
+    On a CPU with the threads that torch uses; on another device of some sums in a row, or it would be the time that it
+    takes to ask for one.
+    """
+    buffer, device = torch.ones(_STREAM_BYTES // 4, device=device), torch.device(device)
+    sums = 1 if device.type == "cpu" else _SUMS_IN_A_ROW
+
+    def read() -> None:
+        for _ in range(sums):
+            buffer.sum()
+        wait_for(device)
+
+    read()
+    return sums * _STREAM_BYTES / min(_seconds(read) for _ in range(rounds))
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what it was asked for: it hands out a number when all before is done."""
+    if device.type != "cpu":
+        torch.zeros((), device=device).item()
 
 
 def matrix_flops(rounds: int = 5, size: int = 1024) -> float:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .decoder import GreedyDecoder
 from .errors import EvalError
+from .logits import input_device, running_on
 from .machine import Machine, describe_machine
 from .timing import Timing, timed
 
@@ -111,6 +112,7 @@ class Speed:
         attention: transformers' word for how its prompts are read.
         runs: one for each batch size and way to decode.
         not_compiled: why there is no compiled run although one was asked for; empty otherwise.
+        device: that it ran on, see :func:`~quantlab_evals.running_on`.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Speed:
     attention: str
     runs: tuple[Run, ...]
     not_compiled: str = ""
+    device: str = "cpu"
 
     def best(self, batch: int) -> Run:
         """The faster way to decode."""
@@ -128,7 +131,8 @@ class Speed:
         """A JSON mapping."""
         batches = dict.fromkeys(run.batch for run in self.runs)
         faster = {str(batch): "compiled" if self.best(batch).compiled else "eager" for batch in batches}
-        plain = {key: getattr(self, key) for key in ("name", "model_class", "dtype", "attention", "not_compiled")}
+        plain = {key: getattr(self, key) for key in ("name", "model_class", "dtype", "attention", "device")}
+        plain["not_compiled"] = self.not_compiled
         return {**plain, "cache": "static", "faster": faster, "runs": [run.to_dict() for run in self.runs]}
 
 
@@ -175,7 +179,8 @@ def measure_speed(
                 progress(index * len(turns) + place, total, turn.label)
             turn.take(counted=index > 0)
     speeds = tuple(_speed(name, model, [turn for turn in turns if turn.name == name]) for name, model in models.items())
-    return SpeedComparison(settings, describe_machine(), speeds)
+    machine = describe_machine(input_device(next(iter(models.values()))))
+    return SpeedComparison(settings, machine, speeds)
 
 
 def _turns(
@@ -244,4 +249,5 @@ def _speed(name: str, model: PreTrainedModel, turns: list[_Turn]) -> Speed:
         attention=getattr(model.config, "_attn_implementation", None) or "unknown",
         runs=tuple(turn.run() for turn in turns if not turn.failure),
         not_compiled=next((turn.failure for turn in turns if turn.failure), ""),
+        device=running_on(model),
     )

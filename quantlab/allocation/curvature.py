@@ -45,14 +45,14 @@ def coefficients(
     Args:
         model: in memory, gradients off.
         layers: names of linear layers or embeddings.
-        tokens: int64 ``[sequences, length]``.
+        tokens: int64 ``[sequences, length]``, where the model is.
         seed: of the labels that are drawn.
         tell: told of each batch.
 
     Returns:
         A coefficient for each layer; 0 for one that no token went through.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(tokens.device).manual_seed(seed)
     squares: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
@@ -89,10 +89,10 @@ def _leverage(inputs: list[torch.Tensor]) -> torch.Tensor:
     if not inputs:
         return torch.zeros(0)
     if not inputs[0].is_floating_point():
-        return torch.ones(sum(ids.numel() for ids in inputs))
+        return torch.ones(sum(ids.numel() for ids in inputs), device=inputs[0].device)
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).float()
     if not len(rows):
-        return torch.zeros(0)
+        return torch.zeros(0, device=rows.device)
     factor, _ = factorize(rows.T @ rows / len(rows), _DAMPING)
     found = torch.linalg.solve_triangular(factor, rows.T, upper=True).square().sum(0)
     return found / found.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -116,7 +116,7 @@ def injected(
             tell(number, len(layers), f"noise in {name}")
         weight = divergence.weight(name)
         size = _NOISE * weight.float().square().mean().sqrt()
-        noise = size * torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+        noise = size * torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
         squares: list[float] = []
 
         def measure(

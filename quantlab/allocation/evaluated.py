@@ -16,7 +16,7 @@ class Evaluated:
     """Divergence of a model whose items are quantized as a choice says.
 
     Each layer is quantized with the inputs that it has in the original model, once for every candidate that is asked
-    for; all of them stay in memory, in the model's dtype.
+    for; all of them stay in the process's memory, in the model's dtype.
 
     Args:
         task: the model and the candidates.
@@ -44,7 +44,9 @@ class Evaluated:
             found: dict[str, torch.Tensor] = {}
 
             def look(_group: tuple[str, ...], shown: dict[int, dict[str, torch.Tensor]]) -> None:
-                found.update({name: weight.to(self._task.source.dtype) for name, weight in shown[number].items()})
+                found.update(
+                    {name: weight.to("cpu", self._task.source.dtype) for name, weight in shown[number].items()}
+                )
 
             survey(replace(self._task, plans={number: self._task.plans[number]}), None, look)
             self._weights[number] = found

@@ -103,7 +103,8 @@ def traces(
         gradients = torch.autograd.grad(loss(), weights, create_graph=True)
         for done in range(probes):
             tell(done)
-            signs = [torch.randint(0, 2, w.shape, generator=generator, dtype=w.dtype) * 2 - 1 for w in weights]
+            drawn = [torch.randint(0, 2, w.shape, generator=generator, dtype=w.dtype) * 2 - 1 for w in weights]
+            signs = [sign.to(weight.device) for sign, weight in zip(drawn, weights, strict=True)]
             products = torch.autograd.grad(gradients, weights, signs, retain_graph=True)
             for place, (sign, product) in enumerate(zip(signs, products, strict=True)):
                 totals[place] += float((sign * product).sum()) / probes

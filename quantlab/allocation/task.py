@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from quantlab.checkpoint.source import ModelSource, parameter_bytes
 from quantlab.engine.architecture import Architecture
+from quantlab.engine.device import free_bytes
 from quantlab.engine.footprint import planned_storage, stored_bytes
 from quantlab.engine.solve import PlannedLayer
 from quantlab.engine.survey import plan_each
@@ -35,14 +36,14 @@ class Task:
     """Layers to be measured under candidates.
 
     Attributes:
-        source: where weights come from.
+        source: where weights come from, and on which device they are.
         skeleton: the model on the meta device.
         architecture: its parts.
         names: the layers that take part.
         candidates: ways to quantize; one of format ``none`` leaves a layer as it is.
         plans: by candidate's number, what it does with each layer; without those that cannot be carried out, and
             without the one that does nothing.
-        tokens: calibration token ids, int64 ``[samples, length]``.
+        tokens: calibration token ids, int64 ``[samples, length]``, on that device.
         tell: told what happens.
         options: of the sensitivity.
     """
@@ -108,16 +109,18 @@ class Task:
         size = parameter_bytes(self.skeleton) * (2 if twice else 1)
         if dtype is not None:
             size = size * dtype.itemsize // self.source.dtype.itemsize
-        available = psutil.virtual_memory().available
-        if size > available:
+        device = self.source.device
+        available = psutil.virtual_memory().available if device.type == "cpu" else free_bytes(device)
+        if available is not None and size > available:
+            where = "in memory" if device.type == "cpu" else f"on {device}"
             raise PreflightError(
-                f"this sensitivity holds the whole model in memory, about {size / _GIB:.1f} GiB, and "
+                f"this sensitivity holds the whole model {where}, about {size / _GIB:.1f} GiB, and "
                 f"{available / _GIB:.1f} GiB are free; use sensitivity error with coefficients none, which holds one "
                 "block, or close other programs"
             )
 
     def model(self, dtype: torch.dtype | None = None, *, twice: bool = False) -> PreTrainedModel:
-        """The whole model in memory, as it is.
+        """The whole model, as it is, on the source's device.
 
         Args:
             dtype: None: its own.

@@ -45,7 +45,7 @@ def split_baseline(name: str) -> tuple[str, str] | None:
     return f"{tool}:{kind}", model
 
 
-def load_baseline(baseline: str, model: str | Path) -> PreTrainedModel:
+def load_baseline(baseline: str, model: str | Path, **options: Any) -> PreTrainedModel:
     """A model in one of another tool's formats, quantized as it is loaded, computing in its own dtype.
 
     On a CPU bitsandbytes' 4-bit layers decode their weights and multiply: correct, and slower than the original.
@@ -53,13 +53,14 @@ def load_baseline(baseline: str, model: str | Path) -> PreTrainedModel:
     Args:
         baseline: ``TOOL:KIND``.
         model: what a person calls it.
+        **options: as :func:`quantlab.load` takes them.
 
     Raises:
         CheckpointError: the tool is not installed or refuses the model.
     """
     tool, _, kind = baseline.partition(":")
     try:
-        return load(model, quantization_config=TOOLS[tool][1](kind))
+        return load(model, quantization_config=TOOLS[tool][1](kind), **options)
     except (ImportError, NotImplementedError, AssertionError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{baseline}: {tool} cannot be used here: {said}") from error

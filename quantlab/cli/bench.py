@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
+from quantlab.cli.options import MODEL, Device, Json, Quiet, Threads, prepare
 from quantlab.cli.output import Output
 
 EXAMPLES = (
@@ -39,6 +39,7 @@ def bench(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Measure nothing: list which kernel each kind of layer would run.")
     ] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -56,11 +57,19 @@ def bench(
         from quantlab.layer_speed import kernels as kernels_of
 
         if kernels:
-            chosen = {name: kernels_of(name, batch or (1, 4, 16, 128)) for name in models}
+            chosen = {name: kernels_of(name, batch or (1, 4, 16, 128), device) for name in models}
             document = {name: [asdict(kernel) for kernel in found] for name, found in chosen.items()}
             output.answer({"kernels": document}, *show_bench.kernels(chosen))
             return
         settings = SpeedSettings(prompt, new, tuple(batch or (1,)), rounds, compile_)
         with stage_progress(stderr_console(), quiet=quiet) as progress:
-            found = measure(models, against=against, settings=settings, memory=memory, layers=layers, progress=progress)
+            found = measure(
+                models,
+                against=against,
+                settings=settings,
+                memory=memory,
+                layers=layers,
+                device=device,
+                progress=progress,
+            )
         output.answer(found.to_dict(), *show_bench.benched(found))

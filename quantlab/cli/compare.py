@@ -47,6 +47,9 @@ def compare(
     outputs: Annotated[
         bool, typer.Option("--outputs", help="Measure outputs even where no method needs calibration.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where layers are tried: cpu, cuda, cuda:1, or auto: a GPU if any.")
+    ] = "cpu",
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Also draw error against bits, one point a combination.")
     ] = None,
@@ -78,6 +81,7 @@ def compare(
                 layers=layers or None,
                 blocks=None if everything else blocks or BLOCKS,
                 outputs=outputs,
+                device=device,
                 progress=watch,
             )
         if plot is not None:

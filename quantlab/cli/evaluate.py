@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.options import MEASURED, Json, Quiet, Threads, chosen_settings, prepare
+from quantlab.cli.options import MEASURED, Device, Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the figures to a Markdown file.")
     ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -77,7 +78,17 @@ def evaluate(
         chosen["measures"] = None if measures is None else [name.strip() for name in measures.split(",")]
         with window_progress(stderr_console(), ", ".join(models), quiet=quiet) as progress:
             prepare(threads, quiet=quiet)
-            found = list(_run(models, against=against, definition=definition, cache=cache, progress=progress, **chosen))
+            found = list(
+                _run(
+                    models,
+                    against=against,
+                    definition=definition,
+                    cache=cache,
+                    device=device,
+                    progress=progress,
+                    **chosen,
+                )
+            )
         comparisons = _compared_with_the_best(found)
         if report is not None:
             report.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantlab.cli.options import MEASURED, Json, Quiet, Threads, prepare
+from quantlab.cli.options import MEASURED, Device, Json, Quiet, Threads, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def evaluate_tasks(
     batch_size: Annotated[int, typer.Option(min=1, metavar="N")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="For the choice of examples.")] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -57,7 +58,7 @@ def evaluate_tasks(
 
         from quantlab.evaluation import evaluate_tasks as run
 
-        found = run(model, tasks, limit=limit, shots=shots, batch_size=batch_size, chat=chat, seed=seed)
+        found = run(model, tasks, limit=limit, shots=shots, batch_size=batch_size, chat=chat, seed=seed, device=device)
         output.answer({"model": model, **asdict(found)}, *_task_words(model, found))
 
 
@@ -73,6 +74,7 @@ def evaluate_summaries(
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 128,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N documents only.")] = None,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -98,6 +100,7 @@ def evaluate_summaries(
                 sampling=Sampling(temperature, max_new_tokens=max_new_tokens),
                 limit=limit,
                 seed=seed,
+                device=device,
                 progress=progress,
             )
         output.answer({"model": model, "file": file, **asdict(found)}, *_summary_words(model, found))
@@ -120,7 +123,8 @@ def _task_words(model: str, found: TaskResults) -> Iterator[RenderableType]:
             table.add_row(name, key, f"{value:.4f}", "" if error is None else f"{error:.4f}", questions, ece)
     yield Text(model, style="bold")
     yield table
-    yield Text(f"by {found.settings['tool']}", style="dim")
+    settings = found.settings
+    yield Text(f"by {settings['tool']}, {settings['dtype']} on {settings['device']}", style="dim")
 
 
 def _summary_words(model: str, found: Summaries) -> Iterator[RenderableType]:
@@ -136,4 +140,5 @@ def _summary_words(model: str, found: Summaries) -> Iterator[RenderableType]:
         table.add_row(kind, f"{value:.4f}{spread}")
     table.add_row("documents", f"{len(found.texts)}, {found.shortened} of them cut to fit")
     table.add_row("asked", repr(found.settings["template"]))
+    table.add_row("run", f"{found.settings['dtype']} on {found.settings['device']}")
     yield table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantlab.cli.options import MEASURED, Json, Quiet, Threads, numbers, prepare
+from quantlab.cli.options import MEASURED, Device, Json, Quiet, Threads, numbers, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def evaluate_code(
         ),
     ] = "strict",
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Programs at a time.")] = 1,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -78,6 +79,7 @@ def evaluate_code(
                 seconds=seconds,
                 isolation=isolation,  # type: ignore[arg-type]  # checked there
                 workers=workers,
+                device=device,
                 progress=progress,
             )
         output.answer(found.to_dict(), *_words(found))
@@ -102,5 +104,6 @@ def _words(found: CodeEvaluation) -> Iterator[RenderableType]:
         reasons[kind] = reasons.get(kind, 0) + 1
     often = sorted(reasons.items(), key=lambda entry: -entry[1])[:4]
     table.add_row("failed by", ", ".join(f"{kind} ({count})" for kind, count in often) or "nothing")
+    table.add_row("model", f"{found.settings['dtype']} on {found.settings['device']}")
     table.add_row("run as", result.isolation)
     yield table

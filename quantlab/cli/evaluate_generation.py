@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.options import MEASURED, Json, Quiet, Threads, numbers, prepare
+from quantlab.cli.options import MEASURED, Device, Json, Quiet, Threads, numbers, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def evaluate_generation(
     prompts: Annotated[int, typer.Option(min=1, metavar="N", help="How many prompts.")] = 8,
     prompt_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of each.")] = 32,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the first prompt; the next has the next.")] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -72,6 +73,7 @@ def evaluate_generation(
                 prompts=prompts,
                 prompt_length=prompt_length,
                 seed=seed,
+                device=device,
                 progress=progress,
             )
         output.answer({"cells": cells, "folder": out}, *_words(cells))
@@ -105,6 +107,8 @@ def _words(cells: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             "" if agreement is None else f"{agreement:.1%}",
         )
     yield table
+    devices = dict.fromkeys(str(cell["device"]) for cell in cells if "device" in cell)
+    yield Text(f"on {', '.join(devices)}" if devices else "", style="dim")
     for cell in cells:
         if "error" in cell:
             yield Text(f"{cell['model']} failed: {cell['error']}")

@@ -13,6 +13,10 @@ from quantlab.cli.output import quiet_libraries
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and the document, with --json).")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. [default: what torch takes]")]
+Device = Annotated[
+    str,
+    typer.Option(help="Where models run: cpu, cuda, cuda:1, or auto: on GPUs if any, the rest in memory and on disk."),
+]
 MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
 MEASURED = "A model folder, quantized or not, a Hugging Face id, a .gguf file, `demo`, or TOOL:KIND:MODEL."
 

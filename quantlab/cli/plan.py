@@ -72,7 +72,17 @@ def plan(
     solver: Annotated[str, typer.Option(help="auto, knapsack, milp, search, or bisection: really evaluates.")] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(help="What milliseconds are of: here (measured), or a name that `quantlab roofline` knows."),
+        typer.Option(
+            help="Where the model is measured: cpu, cuda, cuda:1, or auto: a GPU if any. A name that --latency takes "
+            "is taken for that. [default: cpu]"
+        ),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="What milliseconds are of: here (measured on --device), or a name that `quantlab roofline` knows.",
+        ),
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Calibration text, as `quantlab quantize` takes it.")
@@ -109,7 +119,6 @@ def plan(
         from quantlab.planning import CANDIDATES, prepare_planning
 
         limit = None if budget is None else parse_budget(budget)
-        check = Check(model, text, windows)
         with stage_progress(stderr_console(), quiet=quiet) as tell:
             planning = prepare_planning(
                 model,
@@ -122,9 +131,11 @@ def plan(
                 keep=keep,
                 together=not separate,
                 device=device,
+                latency=latency,
                 cache=cache,
                 tell=tell,
             )
+            check = Check(model, text, windows, device=str(planning.task.source.device))
             if limit is None:
                 count = 3 if measure is None else measure
                 found = curve(planning, points=points, check=check, checked=count, solver=solver, tell=tell)

@@ -85,12 +85,16 @@ def _models(bench: Bench, batch: int) -> Table:
 
 
 def _loading(models: Sequence[BenchedModel]) -> Table:
-    table = _table(["model"], ["files", "seconds", "peak loading", "peak running", "of it own", "mapped"])
+    there = any(model.loading is not None and model.loading.on_device is not None for model in models)
+    on_device = ["on GPUs"] if there else []
+    table = _table(["model"], ["files", "seconds", "peak loading", "peak running", "of it own", "mapped", *on_device])
     for model in models:
         cost = model.loading
         if cost is not None:
             memory = (cost.loaded.peak, cost.running.peak, cost.running.peak_own, cost.running.mapped)
-            table.add_row(model.name, size(model.bytes), f"{cost.seconds:.1f}", *(size(max(0, m)) for m in memory))
+            gpus = [size(cost.on_device)] if cost.on_device is not None else []
+            sizes = (size(max(0, m)) for m in memory)
+            table.add_row(model.name, size(model.bytes), f"{cost.seconds:.1f}", *sizes, *gpus)
     return table
 
 
@@ -116,6 +120,9 @@ def _how(bench: Bench) -> Table:
     settings, machine = bench.comparison.settings, bench.comparison.machine
     table = pairs()
     table.add_row("machine", f"{machine.cpu}, {machine.instructions}, {machine.threads} of {machine.cores} threads")
+    devices = dict.fromkeys(model.speed.device for model in bench.models)
+    if list(devices) != ["cpu"]:
+        table.add_row("device", ", ".join(devices))
     table.add_row("memory", f"read at {bench.stream_bandwidth / 1e9:.1f} GB/s in this run")
     table.add_row("software", f"torch {machine.torch}, transformers {machine.transformers}, Python {machine.python}")
     table.add_row("decoding", "greedy, on a static cache; of eager and compiled steps the faster counts")

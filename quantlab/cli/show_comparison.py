@@ -65,7 +65,7 @@ def _choices(comparison: Comparison, plot: Path | None) -> Table:
     layers = {(layer.layer, note_kind(note)): replace(layer, notes=(note,)) for layer, note in noted}
     for label, note in zip(repeated("notes"), [*comparison.notes, *notes_of(layers.values())], strict=False):
         table.add_row(label, note)
-    table.add_row("time", clock(comparison.seconds))
+    table.add_row("time", f"{clock(comparison.seconds)}, on {comparison.device}")
     if plot is not None:
         table.add_row("plot", str(plot))
     return table

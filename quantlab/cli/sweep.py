@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, prepare
+from quantlab.cli.options import MODEL, Device, Json, Quiet, Threads, prepare
 from quantlab.cli.output import Output
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def sweep(
     ray_address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="The same, on a Ray cluster: host:port, or auto.")
     ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -83,6 +84,8 @@ def sweep(
                 "--speed: what is measured while other variants run on the machine says nothing; leave out --ray, or "
                 "sweep with --ray --keep and measure the best with `quantlab bench`"
             )
+        if distributed and ":" in device:
+            raise QuantlabError(f"--device {device}: on Ray every variant gets a GPU of its own; use --device cuda")
         prepare(threads, quiet=quiet)
         from quantlab_evals import SpeedSettings
 
@@ -98,6 +101,7 @@ def sweep(
             devices=tuple(name.strip() for name in devices.split(",") if name.strip() not in ("", "none")),
             keep=keep,
             threads=threads,
+            device=device,
         )
         with show_sweep.watched(stderr_console(), model, quiet=quiet) as watcher:
             found = run(

@@ -32,6 +32,9 @@ def verify(
         str | None,
         typer.Option(metavar="MODEL", help="For an exported model what it came from; for another the original."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Load and run it there, too: cuda, cuda:1, or auto: a GPU if any.")
+    ] = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -39,16 +42,16 @@ def verify(
     """Load a quantized model in a process of its own and check it: tensors, recipe, predictions."""
     with Output(as_json, quiet) as output:
         prepare(threads, quiet=True)
-        checked_ = checked(folder, against)
+        checked_ = checked(folder, against, device)
         output.answer(checked_.to_dict(), *lines(checked_))
 
 
-def checked(folder: Path, against: str | None = None) -> Verification:
+def checked(folder: Path, against: str | None = None, device: str = "cpu") -> Verification:
     """The verification of a model; raises `VerificationError` if something is wrong with it."""
     from quantlab.errors import VerificationError
     from quantlab.verification import verify as run
 
-    done = run(folder, against)
+    done = run(folder, against, device)
     if not done.passed:
         raise VerificationError(f"{folder}: {done.failure}")
     return done

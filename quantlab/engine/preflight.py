@@ -156,10 +156,18 @@ def check_resources(
     return needs
 
 
-def check_memory(plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int) -> None:
-    """Refuse a run that memory cannot hold; see :func:`check_resources`."""
-    needed, available = memory_needs(plan, architecture, model, tokens).own, psutil.virtual_memory().available
-    refuse_memory(needed, available)
+def check_memory(
+    plan: dict[str, PlannedLayer], architecture: Architecture, model: nn.Module, tokens: int, device: torch.device
+) -> None:
+    """Refuse a run that memory, or the device that holds all of it, cannot hold; see :func:`check_resources`."""
+    needed = memory_needs(plan, architecture, model, tokens).own
+    if device.type == "cpu":
+        refuse_memory(needed, psutil.virtual_memory().available)
+    elif (room := free_bytes(device)) is not None and needed > room:
+        raise PreflightError(
+            f"the run needs about {needed / 1e9:.2f} GB on {device} and {room / 1e9:.2f} GB are free there; use fewer "
+            "calibration tokens, for example --set calibration.samples=16, or --device cpu"
+        )
 
 
 def refuse_memory(needed: int, available: int) -> None:

@@ -76,7 +76,7 @@ class Survey:
     """One model being tried.
 
     Attributes:
-        source: where weights come from.
+        source: where weights come from, and on which device they are tried.
         model: its skeleton on the meta device; weights come and go with the blocks.
         architecture: the model's parts.
         plans: ways to quantize, each with the same layers by name.
@@ -125,7 +125,8 @@ class Survey:
         remaining = {place for place in places if place != OUTSIDE}
         waiting = {layer.name: layer for layer in self._chosen(OUTSIDE)}
         self._load(OUTSIDE)
-        with Calibration(self.model, None, self.architecture, self.batches, list(waiting)) as calibration:
+        batches = [batch.to(self.source.device) for batch in self.batches]
+        with Calibration(self.model, None, self.architecture, batches, list(waiting)) as calibration:
             while (remaining or waiting) and (at := calibration.standing_before()) is not None:
                 if at in waiting:
                     layers = [waiting.pop(at)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab_evals import Sampling, generate
+from quantlab_evals import Sampling, describe_model, generate
 from quantlab_evals.code import (
     CodeResult,
     Isolation,
@@ -20,8 +20,9 @@ from quantlab_evals.code import (
 )
 from transformers import PreTrainedModel
 
+from quantlab.engine.device import MEASURING, computing
 from quantlab.errors import DataError
-from quantlab.evaluation.subject import Subject, tokenizer_of
+from quantlab.evaluation.subject import Device, Subject, placed, tokenizer_of
 
 Progress = Callable[[int, int], None]
 """Called with the problems or programs done and those in all."""
@@ -29,7 +30,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CodeEvaluation:
-    """What a model's programs did. `completions` are the texts after the prompts, by problem."""
+    """What a model's programs did.
+
+    `completions` are the texts after the prompts, by problem; `settings` what of the model's state can move them.
+    """
 
     model: str
     problems: str
@@ -38,6 +42,7 @@ class CodeEvaluation:
     seed: int
     result: CodeResult
     completions: dict[str, list[str]]
+    settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping."""
@@ -47,6 +52,7 @@ class CodeEvaluation:
             "sampling": vars(self.sampling),
             "samples": self.samples,
             "seed": self.seed,
+            "settings": self.settings,
             "pass_at": dict(self.result.pass_at),
             "intervals": dict(self.result.intervals),
             "isolation": self.result.isolation,
@@ -73,6 +79,7 @@ def evaluate_code(
     seconds: float = 10.0,
     isolation: Isolation = "strict",
     workers: int = 1,
+    device: Device = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> CodeEvaluation:
@@ -94,12 +101,13 @@ def evaluate_code(
         isolation: ``strict`` refuses to run where the kernel cannot lock a program in; ``limits`` bounds time
             and memory with whatever else the kernel offers.
         workers: programs at a time.
+        device: where the model runs, as in :func:`quantlab.evaluate`; its programs run on the CPU.
         tokenizer: for a model in memory; otherwise the model's own is loaded.
         progress: told after each problem, then after each program.
 
     Raises:
         DataError: ``execute`` is not true.
-        QuantlabError: there is no such model.
+        QuantlabError: there is no such model or device.
         EvalError: there are no problems, too few samples, or no sandbox.
     """
     if execute is not True:
@@ -112,17 +120,18 @@ def evaluate_code(
     loaded_problems = load_problems(problems, limit=limit)
     if max(ks) > samples:
         raise DataError(f"pass@{max(ks)} needs {max(ks)} samples of each problem or more, and there are {samples}")
-    subject = Subject.of(model)
+    subject = Subject.of(model, placed(device))
     tokenizer = tokenizer_of([subject]) if tokenizer is None else tokenizer
-    module = subject.loaded()
     completions: dict[str, list[str]] = {}
-    for done, problem in enumerate(loaded_problems, start=1):
-        prompt = tokenizer(problem.prompt)["input_ids"]
-        own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{problem.task_id}".encode()).digest()[:4], "big")
-        written = generate(module, prompt, sampling, samples=samples, seed=own_seed)
-        completions[problem.task_id] = [first_answer(_text(tokenizer, prompt, tokens)) for tokens in written]
-        if progress is not None:
-            progress(done, len(loaded_problems))
+    with computing(MEASURING):
+        module = subject.loaded()
+        for done, problem in enumerate(loaded_problems, start=1):
+            prompt = tokenizer(problem.prompt)["input_ids"]
+            own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{problem.task_id}".encode()).digest()[:4], "big")
+            written = generate(module, prompt, sampling, samples=samples, seed=own_seed)
+            completions[problem.task_id] = [first_answer(_text(tokenizer, prompt, tokens)) for tokens in written]
+            if progress is not None:
+                progress(done, len(loaded_problems))
     result = run_completions(
         loaded_problems,
         completions,
@@ -132,7 +141,8 @@ def evaluate_code(
         workers=workers,
         progress=progress,
     )
-    return CodeEvaluation(subject.name, str(problems), sampling, samples, seed, result, completions)
+    about = describe_model(module)
+    return CodeEvaluation(subject.name, str(problems), sampling, samples, seed, result, completions, about)
 
 
 def _text(tokenizer: Any, prompt: list[int], written: list[int]) -> str:

@@ -21,14 +21,16 @@ from quantlab_evals import (
     generate,
     load_text,
     repetition,
+    running_on,
     score,
     token_windows,
 )
 from transformers import PreTrainedModel
 
+from quantlab.engine.device import MEASURING, computing
 from quantlab.errors import DataError, QuantlabError
 from quantlab.evaluation.records import Records
-from quantlab.evaluation.subject import Subject, tokenizer_of
+from quantlab.evaluation.subject import Device, Subject, placed, tokenizer_of
 
 Progress = Callable[[int, int], None]
 """Called with the cells done and the cells in all."""
@@ -46,6 +48,7 @@ def generation_sweep(
     prompts: int = 8,
     prompt_length: int = 32,
     seed: int = 0,
+    device: Device = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Let every model write under every setting, one model in memory at a time; a record a cell.
@@ -64,6 +67,7 @@ def generation_sweep(
         prompts: how many.
         prompt_length: tokens of each.
         seed: of the first prompt.
+        device: where models run, as in :func:`quantlab.evaluate`. A cell of one kind of device is none of another's.
         progress: told after each cell.
 
     Returns:
@@ -73,13 +77,14 @@ def generation_sweep(
         ``original_agreement``; or ``error``.
 
     Raises:
-        QuantlabError: there is no such model, or no cell.
+        QuantlabError: there is no such model or device, or no cell.
         EvalError: text that is not found or too short, prompts and answers longer than a model's positions.
     """
     if not grid or not models:
         raise DataError("a sweep needs a model and a setting")
-    subjects = [Subject.of(model) for model in models]
-    original = None if against is None else Subject.of(against)
+    placement = placed(device)
+    subjects = [Subject.of(model, placement) for model in models]
+    original = None if against is None else Subject.of(against, placement)
     everyone = [*subjects, *([] if original is None else [original])]
     longest = prompt_length + max(sampling.max_new_tokens for sampling in grid)
     for subject in everyone:
@@ -105,7 +110,8 @@ def generation_sweep(
                 progress(next(done), len(cells))
     if original is not None:
         prefix = original.fingerprint()[:16]
-        results |= _score(original, prefix, cells, prompt_tokens, written, scored)
+        with computing(MEASURING):
+            results |= _score(original, prefix, cells, prompt_tokens, written, scored)
     return [_without_text(results.get(key) or _known(written, key)) for _, _, key in cells]
 
 
@@ -135,7 +141,8 @@ def _write(
         return
     model, weights, failure = None, 0, ""
     try:
-        model = subject.loaded()
+        with computing(MEASURING):
+            model = subject.loaded()
         weights = subject.bytes(model)
     except QuantlabError as error:
         failure = str(error)
@@ -145,8 +152,9 @@ def _write(
             yield key, written.append(key, {**about, "error": failure})
             continue
         try:
-            record = {**about, "weight_bytes": weights, **_cell(model, sampling, prompts, seed)}
-        except (QuantlabError, EvalError, RuntimeError) as error:  # out of memory is a RuntimeError
+            with computing(MEASURING):
+                record = {**about, "weight_bytes": weights, **_cell(model, sampling, prompts, seed)}
+        except (QuantlabError, EvalError, RuntimeError) as error:  # out of memory of the process is a RuntimeError
             record = {**about, "error": str(error)}
         yield key, written.append(key, record)
     del model
@@ -172,7 +180,7 @@ def _cell(model: PreTrainedModel, sampling: Sampling, prompts: list[list[int]], 
         "perplexity": score(model, prompts, answers).perplexity if tokens else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": model.device.type,
+        "device": running_on(model),
         "answers": answers,
     }
 

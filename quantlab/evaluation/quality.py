@@ -36,9 +36,10 @@ from quantlab_evals import (
 )
 from transformers import PreTrainedModel
 
+from quantlab.engine.device import MEASURING, Placement, computing
 from quantlab.errors import DataError
 from quantlab.evaluation.record import Evaluation
-from quantlab.evaluation.subject import Subject, tokenizer_of
+from quantlab.evaluation.subject import Device, Subject, check_room, placed, tokenizer_of
 
 Progress = Callable[[int, int], None]
 """Called with the windows done and the windows in all."""
@@ -75,6 +76,7 @@ def evaluate(
     bos: Bos = "auto",
     batch_size: int = 1,
     cache: str | Path | None = None,
+    device: Device = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -97,18 +99,22 @@ def evaluate(
         batch_size: windows that run through a model at once.
         cache: a folder for the original's predictions. They are recorded there once and read for every variant
             after that (:mod:`quantlab_evals.recording` says what they lose); the original is loaded only to record it.
+        device: where both run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: on the GPUs, and what has no room there in
+            memory or on disk. None: on the CPU; a model in memory where it is.
         tokenizer: for a model in memory; otherwise the model's own is loaded.
         progress: told after each window.
 
     Raises:
-        QuantlabError: there is no such model or tokenizer, or a setting cannot be.
+        QuantlabError: there is no such model, tokenizer or device, a setting cannot be, or memory does not suffice.
         EvalError: text that is not found or too short, windows that are too long, models that cannot be
             compared.
     """
-    subject = Subject.of(model)
+    placement = placed(device)
+    subject = Subject.of(model, placement)
     plan = _plan(
         [subject],
         text,
+        placement,
         against=against,
         measures=measures,
         definition=definition,
@@ -119,7 +125,10 @@ def evaluate(
         tokenizer=tokenizer,
         progress=progress,
     )
-    return _measure(subject, plan, _reference(plan, None if cache is None else Path(cache)))
+    together = [subject] if plan.original is None or cache is not None else [subject, plan.original]
+    check_room(together)
+    with computing(MEASURING):
+        return _measure(subject, plan, _reference(plan, None if cache is None else Path(cache)))
 
 
 def evaluate_variants(
@@ -127,6 +136,7 @@ def evaluate_variants(
     text: str | Sequence[str] = "builtin:eval",
     *,
     cache: str | Path | None = None,
+    device: Device = None,
     **settings: Any,
 ) -> Iterator[Evaluation]:
     """Measure several models on the same windows, one in memory at a time, and the original once.
@@ -135,9 +145,10 @@ def evaluate_variants(
     are those of :func:`evaluate`; :func:`quantlab_evals.compare_divergences` and ``compare_perplexities`` say
     which differences are more than chance.
     """
-    subjects = [Subject.of(model) for model in models]
+    placement = placed(device)
+    subjects = [Subject.of(model, placement) for model in models]
     with _cache_folder(cache) as folder:
-        evaluator = Evaluator(text, cache=folder, subjects=subjects, **settings)
+        evaluator = Evaluator(text, cache=folder, subjects=subjects, placement=placement, **settings)
         for subject in subjects:
             yield evaluator.measure(subject)
             gc.collect()  # modules refer to each other in rings
@@ -152,24 +163,38 @@ class Evaluator:
         text: see there.
         cache: a folder for the original's predictions.
         subjects: models that are known beforehand: windows are no longer than they can read.
+        placement: where the original goes, and models that are no subjects yet.
         **settings: see there.
     """
 
     def __init__(
-        self, text: str | Sequence[str], *, cache: Path, subjects: Sequence[Subject] = (), **settings: Any
+        self,
+        text: str | Sequence[str],
+        *,
+        cache: Path,
+        subjects: Sequence[Subject] = (),
+        placement: Placement | None = None,
+        **settings: Any,
     ) -> None:
-        self._plan = _plan(subjects, text, **settings)
-        self._reference = _reference(self._plan, cache)
+        self._placement = placement
+        self._plan = _plan(subjects, text, placement, **settings)
+        for subject in subjects:
+            check_room([subject])
+        with computing(MEASURING):
+            self._reference = _reference(self._plan, cache)
 
     def measure(self, model: Subject | Model, progress: Progress | None = None) -> Evaluation:
         """Measure a model, against the original if there is one."""
-        subject = model if isinstance(model, Subject) else Subject.of(model)
-        return _measure(subject, self._told(progress), self._reference)
+        return self._measured(model, self._told(progress), self._reference)
 
     def measure_alone(self, model: Subject | Model, progress: Progress | None = None) -> Evaluation:
         """Measure a model, which may be the original, against nothing."""
-        subject = model if isinstance(model, Subject) else Subject.of(model)
-        return _measure(subject, replace(self._told(progress), original=None), None)
+        return self._measured(model, replace(self._told(progress), original=None), None)
+
+    def _measured(self, model: Subject | Model, plan: _Plan, reference: Reference | None) -> Evaluation:
+        subject = model if isinstance(model, Subject) else Subject.of(model, self._placement)
+        with computing(MEASURING):
+            return _measure(subject, plan, reference)
 
     def _told(self, progress: Progress | None) -> _Plan:
         return self._plan if progress is None else replace(self._plan, progress=progress)
@@ -187,6 +212,7 @@ def _cache_folder(cache: str | Path | None) -> Iterator[Path]:
 def _plan(
     subjects: Sequence[Subject],
     text: str | Sequence[str],
+    placement: Placement | None,
     *,
     against: Model | None = None,
     measures: Sequence[str] | None = None,
@@ -199,7 +225,7 @@ def _plan(
     progress: Progress | None = None,
 ) -> _Plan:
     _check_settings(length, windows, bos, batch_size)
-    original = None if against is None else Subject.of(against)
+    original = None if against is None else Subject.of(against, placement)
     chosen = _chosen_measures(measures, original)
     everyone = [*subjects, *([] if original is None else [original])]
     source = load_text(text)

@@ -1,8 +1,8 @@
 """Variants of a sweep side by side, through Ray: several on one machine, or on many.
 
-A variant is a task. Every worker process makes the original's predictions its own where it finds no record of them in
-the sweep's folder, so machines may share that folder or not; they must know the model by the same name. Records come
-back to the process that called, which alone writes them.
+A variant is a task, with a GPU of its own where the sweep is on GPUs. Every worker process makes the original's
+predictions its own where it finds no record of them in the sweep's folder, so machines may share that folder or not;
+they must know the model by the same name. Records come back to the process that called, which alone writes them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _on_ray(
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise QuantlabError(f"--ray-address {address}: cannot be joined: {error}") from error
     try:
-        task = ray.remote(num_cpus=setup.threads, max_retries=RETRIES)(_record)
+        gpus = 0 if setup.device == "cpu" else 1  # a worker sees its own alone
+        task = ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_retries=RETRIES)(_record)
         running = {task.remote(setup, candidate, key): (candidate, key) for candidate, key in jobs}
         for count in itertools.count(1):
             if not running:

@@ -18,6 +18,7 @@ from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
 from quantlab.engine import preflight
 from quantlab.engine.architecture import describe
+from quantlab.engine.device import choose_placement
 from quantlab.errors import DataError, PreflightError, QuantlabError
 from quantlab.evaluation.records import Records
 from quantlab.sweep.space import Candidate, Space, SpaceSource, load_space
@@ -192,6 +193,9 @@ def _measurement(setup: Setup) -> dict[str, Any]:
         "speed": None if setup.speed is None else asdict(setup.speed),
         "devices": setup.devices,
     }
+    kind = choose_placement(setup.device).device.type
+    if kind != "cpu":  # whose records are as old as sweeps, and say nothing of it
+        given["device"] = kind
     return dict(json.loads(json.dumps(given)))
 
 

@@ -19,14 +19,15 @@ from typing import Any, Protocol
 import gguf
 import torch
 import transformers
-from quantlab_evals import PREDICTED, EvalError, SpeedSettings, check_length, load_cost
+from quantlab_evals import PREDICTED, EvalError, SpeedSettings, check_length
 
-from quantlab.benchmark import LOAD, bench
+from quantlab.benchmark import bench, loading
 from quantlab.checkpoint.baseline import baseline_bits
 from quantlab.checkpoint.resolve import resolve
 from quantlab.checkpoint.source import open_source
 from quantlab.devices import device_called
 from quantlab.engine.calibration import CalibrationData, prepare
+from quantlab.engine.device import choose_placement, enough_memory
 from quantlab.engine.progress import Silent, Start
 from quantlab.engine.quantize import quantize
 from quantlab.errors import QuantlabError
@@ -60,6 +61,8 @@ class Setup:
         settings: see there.
         speed: how speed is measured; None: it is not.
         devices: that decoding is predicted for.
+        device: where variants are quantized, evaluated and timed, see
+            :func:`quantlab.engine.device.choose_placement`; quantizing takes one GPU.
         keep: whether quantized models stay on disk.
         threads: of torch; None: as many as it takes.
     """
@@ -72,6 +75,7 @@ class Setup:
     devices: tuple[str, ...] = ()
     keep: bool = False
     threads: int | None = None
+    device: str = "cpu"
 
 
 class Workbench:
@@ -81,11 +85,13 @@ class Workbench:
         self.setup = setup
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
+        self._placement = choose_placement(setup.device)
         self._drawn: dict[Calibration, CalibrationData] = {}
         self._evaluator = Evaluator(
             setup.text,
             cache=setup.folder / ORIGINALS,
             against=setup.model,
+            placement=self._placement,
             progress=lambda done, total: tell(f"the original's predictions, window {done} of {total}"),
             **setup.settings,
         )
@@ -125,6 +131,7 @@ class Workbench:
             "notes": [*evaluation.notes, *notes],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "threads": torch.get_num_threads(),
+            "device": evaluation.perplexity.settings["device"],
         }
         if folder is not None and not self.setup.keep:
             shutil.rmtree(folder)
@@ -144,6 +151,7 @@ class Workbench:
                 folder,
                 calibration=self._calibration(recipe.calibration),
                 progress=_Blocks(tell),
+                device=self._placement.device,
             )
             seconds = None if result.resumed_blocks else result.seconds
         found = inspect(folder)
@@ -165,8 +173,9 @@ class Workbench:
 
     def _quality(self, name: str, candidate: Candidate, tell: Tell) -> tuple[dict[str, Any], Evaluation]:
         tell("load")
-        subject = Subject.of(name)
-        module = subject.loaded()
+        subject = Subject.of(name, self._placement)
+        with enough_memory():
+            module = subject.loaded()
         bits = _bits(candidate, module) if candidate.recipe is None else None  # before it runs, which may repack it
         subject = replace(subject, module=module)
 
@@ -199,10 +208,14 @@ class Workbench:
         def progress(done: int, total: int, what: str) -> None:
             tell(f"speed, {done + 1} of {total}: {what}")
 
-        found = bench([name], against=against, settings=settings, memory=False, layers=False, progress=progress)
+        gc.collect()  # what was evaluated would be in the way
+        device = self.setup.device
+        found = bench(
+            [name], against=against, settings=settings, memory=False, layers=False, device=device, progress=progress
+        )
         tell("load in a process of its own")
         machine = found.comparison.machine
-        cost = load_cost(LOAD, name, threads=machine.threads, prompt_tokens=settings.prompt_tokens)
+        cost = loading(name, device, threads=machine.threads, prompt_tokens=settings.prompt_tokens)
         ours = replace(found.models[0], loading=cost)
         batch = settings.batches[0]
         run = ours.speed.best(batch)
@@ -211,7 +224,7 @@ class Workbench:
             "prefill": run.prefill_rate,
             "first_token": 1e3 * run.prefill.median,
             "times_faster": found.ratio(ours.name, batch),
-            "memory": cost.running.peak / 1e6,
+            "memory": (cost.running.peak if cost.on_device is None else cost.on_device) / 1e6,
             "load_seconds": cost.seconds,
         }
         return {"measures": measures, "speed": {**ours.to_dict(), "machine": vars(machine)}}
@@ -266,12 +279,13 @@ def _file_name(name: str) -> str:
 
 
 def check(setup: Setup) -> None:
-    """Refuse, before any work, devices that are not known and prompts that are longer than the model reads.
+    """Refuse, before any work, devices that are not there or not known, and prompts longer than the model reads.
 
     Raises:
         QuantlabError: names the device.
         EvalError: names the length.
     """
+    choose_placement(setup.device)
     if setup.speed is not None:
         check_length(Subject.of(setup.model).config, setup.speed.prompt_tokens + setup.speed.new_tokens)
     for device in setup.devices:

@@ -77,6 +77,12 @@ def test_speed_is_measured_in_turns_with_the_original(call, place, space, tmp_pa
     assert "max_position_embeddings, 128" in err
     code, _, err = call("sweep", place / "model", "--out", tmp_path / "other", "--devices", "h1000")
     assert code == 2
+    code, _, err = call("sweep", place / "model", "--out", tmp_path / "other", "--device", "cuda:99")
+    assert code == 2
+    assert "device 'cuda:99' cannot be used here" in err
+    code, _, err = call("sweep", place / "model", "--out", tmp_path / "other", "--device", "cuda:1", "--ray")
+    assert code == 2
+    assert "every variant gets a GPU of its own" in err
     assert not (tmp_path / "other").exists()
 
 

@@ -9,10 +9,14 @@ backward passes run on the thread that asks for them, as they do on the CPU.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,7 +29,7 @@ _COPIES = {"copy_", "_to_copy"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # What takes time: work that was meant for the device and done on the CPU would be among these.
 _PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "addmv", "mv", "dot", "addr_", "linalg_cholesky_ex"}
-_PRODUCTS |= {"_linalg_eigh", "linalg_qr", "linalg_solve_triangular"}
+_PRODUCTS |= {"_linalg_eigh", "linalg_qr", "linalg_solve_triangular", "linear", "matmul", "einsum"}
 
 
 class PretendTensor(torch.Tensor):
@@ -113,6 +117,21 @@ class PretendDevice(TorchDispatchMode):
         self.work = self.work_on_cpu = self.peak = 0
         self._tensors: list[weakref.ref[PretendTensor]] = []
         self._count = 0
+        self._entered = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Make the device known to what dispatch does not reach: constructors, generators, the threads of a loader."""
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(patch.object(torch, "Generator", _Generator))
+            entered.enter_context(patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
+            entered.enter_context(_Constructors())
+            self._entered = entered.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        """There is no such device any more."""
+        super().__exit__(*reason)
+        self._entered.close()
 
     def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on the numbers of its arguments, for one of the two devices."""
@@ -122,10 +141,9 @@ class PretendDevice(TorchDispatchMode):
         own = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
         if own:
             _check_apart(name, args, [tensor for tensor in tensors if tensor.device == _CPU and tensor.ndim])
-        wanted = kwargs.get("device")
+        # In inference mode operations come as they were called: devices stand anywhere, and products have other names.
+        wanted = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)), None)
         here = bool(own) if wanted is None else wanted.type == _DEVICE.type
-        if here and wanted is not None:
-            kwargs["device"] = _CPU
         if name in _PRODUCTS:
             size = max(tensor.numel() for tensor in tensors)
             self.work, self.work_on_cpu = max(self.work, here * size), max(self.work_on_cpu, (not here) * size)
@@ -152,6 +170,26 @@ class PretendDevice(TorchDispatchMode):
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+class _Constructors(TorchFunctionMode):
+    """``torch.tensor``, which goes to its device where no dispatch mode sees it."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make it on the CPU first."""
+        kwargs = kwargs or {}
+        wanted = kwargs.get("device")
+        if function is torch.tensor and wanted is not None and torch.device(wanted).type == _DEVICE.type:
+            return function(*args, **{**kwargs, "device": _CPU}).to(_DEVICE)
+        return function(*args, **kwargs)
+
+
+class _Generator(torch.Generator):
+    """Random numbers of the device are the CPU's."""
+
+    def __new__(cls, device: Any = _CPU) -> Self:
+        """One of the CPU."""
+        return super().__new__(cls, _CPU)
+
+
 def _check_apart(name: str, args: Any, strangers: list[torch.Tensor]) -> None:
     """Raise where the device meets tensors of the CPU, but for what a GPU takes."""
     indexed = name in _INDEXING and isinstance(args[0], PretendTensor)
@@ -163,6 +201,8 @@ def _check_apart(name: str, args: Any, strangers: list[torch.Tensor]) -> None:
 
 
 def _numbers(leaf: Any) -> Any:
+    if isinstance(leaf, torch.device) and leaf.type == _DEVICE.type:
+        return _CPU
     return leaf.numbers if isinstance(leaf, PretendTensor) else leaf
 
 

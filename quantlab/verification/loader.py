@@ -23,19 +23,27 @@ from quantlab.verification.digest import Digest
 
 _SECONDS = 1800
 _LIBRARIES = 1 << 29
+_PROGRAM = str(Path(__file__).with_name("fresh.py"))
+# The program where what is made without a word of a device is made on this one.
+_ON_DEVICE = """
+import runpy, sys, torch
+device, *sys.argv = sys.argv[1:]
+torch.set_default_device(device)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def answer(folder: Path, dtype: str, digest: Digest) -> dict[str, Any]:
+def answer(folder: Path, dtype: str, digest: Digest, device: str = "cpu") -> dict[str, Any]:
     """What `fresh.py` says of a folder.
 
     Args:
         folder: what transformers loads.
         dtype: in which, ``float32`` or ``auto``: the model's own.
         digest: which prompts to run, and of which tokens to tell.
+        device: where.
     """
-    ours = quant_method(folder) == QUANT_METHOD
-    program = Path(__file__).with_name("fresh.py")
-    command = [sys.executable, str(program), str(folder), dtype, str(int(ours))]
+    program = [_PROGRAM] if device == "cpu" else ["-c", _ON_DEVICE, device, _PROGRAM]
+    command = [sys.executable, *program, str(folder), dtype, str(int(quant_method(folder) == QUANT_METHOD))]
     try:
         done = subprocess.run(
             command, input=json.dumps(digest.to_dict()), capture_output=True, text=True, check=False, timeout=_SECONDS

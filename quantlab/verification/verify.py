@@ -110,7 +110,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     rounds = loader.rounds_inputs(path)
     if stored is not None:
         same = replace(stored, sensitivity=now.sensitivity)
-        found.append(_compared("predictions are those of the stored digest", same, same.gathered(logits), rounds))
+        found.append(compared("predictions are those of the stored digest", same, same.gathered(logits), rounds))
     if stored is None or (stored.sensitivity is None and found[-1].passed):
         CheckpointWriter(path).write_json(DIGEST, now.to_dict())
     if other is not None:
@@ -172,7 +172,7 @@ def _load_checks(
     if inexact:
         far = f"{digest.divergence(answer['logprobs']):.1e} nats a token apart"
         return [*found, Check(check, None, f"{far}: {inexact} layers were made something else when it was exported")]
-    found.append(_compared(check, digest, answer["logprobs"], loader.rounds_inputs(folder), computed, decoded))
+    found.append(compared(check, digest, answer["logprobs"], loader.rounds_inputs(folder), computed, decoded))
     return found
 
 
@@ -181,7 +181,7 @@ def _rounded_once(source: QuantizedFolder) -> bool:
     return not any(storage.outer_scales for storage in source.layers.values())
 
 
-def _compared(
+def compared(
     name: str,
     digest: Digest,
     logprobs: list[list[list[float]]],
@@ -189,7 +189,16 @@ def _compared(
     computed: str = "float32",
     decoded: str = "float32",
 ) -> Check:
-    """Whether log-probabilities are those of a digest but for rounding."""
+    """Whether log-probabilities are those of a digest but for rounding.
+
+    Args:
+        name: of the check.
+        digest: what they should be.
+        logprobs: of the digest's tokens.
+        rounds_inputs: whether the model rounds its inputs to 8 bits.
+        computed: the dtype that they were computed in.
+        decoded: the dtype that weights were decoded to.
+    """
     if rounds_inputs:
         far = digest.divergence(logprobs)
         return Check(name, far <= ROUNDED_INPUTS, f"{far:.1e} nats a token apart, {ROUNDED_INPUTS:g} allowed")

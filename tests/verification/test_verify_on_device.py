@@ -13,7 +13,7 @@ import quantlab
 from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
 from quantlab.errors import PreflightError
 from quantlab.verification import device as device_module
-from quantlab.verification import verify
+from quantlab.verification import loader, verify
 from quantlab.verification.device import check_on
 from quantlab.verification.digest import Digest
 from quantlab.verification.streamed import decoded_logits
@@ -34,14 +34,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digest(folder):
-    return Digest.of(PROMPTS, decoded_logits(QuantizedFolder(folder), PROMPTS))
+    logits = decoded_logits(QuantizedFolder(folder), [*PROMPTS, PROMPTS[0]], shaken=True)
+    return Digest.of(PROMPTS, logits[:-1], logits[-1])
 
 
 def test_a_process_of_its_own_is_held_against_the_codes(folder, digest):
     found = check_on(CPU, folder, digest)
     assert found.passed is True, found.detail
     assert found.name == "on cpu its predictions are those of the codes"
-    assert "nats a token apart, 0.02 allowed" in found.detail
+    assert "computed in bfloat16" in found.detail
     other = replace(digest, logprobs=[[row[::-1] for row in rows] for rows in digest.logprobs])
     assert check_on(CPU, folder, other).passed is False
 
@@ -57,7 +58,7 @@ def test_what_is_not_tried(folder, digest, monkeypatch, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"")
     assert check_on(CPU, tmp_path / "model.gguf", digest).passed is None
     assert "no digest" in check_on(CPU, folder, None).detail
-    monkeypatch.setattr(device_module, "_said", lambda *_, **__: {"error": "OutOfMemoryError: CUDA out of memory"})
+    monkeypatch.setattr(loader, "answer", lambda *_: {"error": "OutOfMemoryError: CUDA out of memory"})
     assert check_on(CPU, folder, digest).passed is None
     monkeypatch.setattr(device_module, "free_bytes", lambda _: 10)
     found = check_on(CPU, folder, digest)
@@ -72,8 +73,14 @@ def test_one_that_is_not_there(folder):
 
 def test_the_check_comes_last(folder, monkeypatch):
     monkeypatch.setattr(device_module, "choose_device", lambda _: torch.device("meta"))
-    monkeypatch.setattr(device_module, "_said", lambda *_, **__: {"missing": "a driver"})
+    on_cpu = loader.answer
+
+    def answer(folder, dtype, digest, device="cpu"):
+        return on_cpu(folder, dtype, digest) if device == "cpu" else {"missing": "a driver"}
+
+    monkeypatch.setattr(loader, "answer", answer)
     done = verify(folder, device="cuda")
     assert done.checks[-1].detail == "not tried: a driver"
     assert json.loads((folder / DIGEST).read_text())["prompts"]
+    monkeypatch.undo()
     assert len(verify(folder).checks) == len(done.checks), "one less, and one of the digest that lies there now"

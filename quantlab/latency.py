@@ -15,7 +15,8 @@ from quantlab.allocation.task import Task
 from quantlab.devices import Device, device_called
 from quantlab.engine.footprint import planned_storage
 from quantlab.model_shape import routed_share
-from quantlab.nn import QuantLinear, Storage
+from quantlab.nn import QuantLinear
+from quantlab.storage import Storage
 
 HERE = "here"
 """The device that is measured, kernel by kernel; ``cpu`` is its roofline."""

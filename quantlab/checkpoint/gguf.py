@@ -24,6 +24,7 @@ from quantlab.checkpoint.gguf_config import config_and_tokenizer, empty_model
 from quantlab.checkpoint.gguf_file import existing_file, open_file
 from quantlab.checkpoint.gguf_tensors import Progress, weights
 from quantlab.errors import CheckpointError
+from quantlab.storage import dtype_name
 
 RECORD = "quantlab-import.json"
 
@@ -89,7 +90,7 @@ def import_gguf(
 
 def _record(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": str(dtype).removeprefix("torch.")}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": dtype_name(dtype)}
 
 
 def _is_import_of(folder: Path, record: dict[str, Any]) -> bool:

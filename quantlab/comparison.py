@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from quantlab_evals.machine import device_name
-from transformers import PreTrainedModel
 
-from quantlab.checkpoint.on_device import DeviceSource
-from quantlab.checkpoint.resolve import resolve
-from quantlab.checkpoint.source import ModuleSource, open_source
+from quantlab.checkpoint.on_device import placed
+from quantlab.checkpoint.resolve import Model, name_of, source_of
 from quantlab.engine import preflight
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
 from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.device import choose_device, computing
 from quantlab.engine.progress import Progress, Silent, Start
-from quantlab.engine.survey import Measured, Plan, Survey, choose_layers, plan_each, wanted
+from quantlab.engine.selection import Plan, choose_layers, plan_each, wanted
+from quantlab.engine.survey import Measured, Survey
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.problem import Statistic
 from quantlab.recipe import Recipe, Scheme, load_recipe
@@ -200,7 +199,7 @@ class Comparison:
 
 
 def compare(
-    model: str | Path | PreTrainedModel,
+    model: Model,
     grid: Grid,
     *,
     recipe: str | Path | Mapping[str, Any] | Recipe = "w4-rtn",
@@ -245,8 +244,7 @@ def compare(
             "add --set transforms=none"
         )
     variants = expand(grid, chosen.default)
-    opened = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
-    source = opened if where.type == "cpu" else DeviceSource(opened, where)
+    source = placed(source_of(model), where)
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     names, selection = choose_layers(layers, blocks, architecture, skeleton)
@@ -256,7 +254,7 @@ def compare(
     needed, data = wanted(plans.values()), None
     if outputs or needed:
         if tokenizer is None and not isinstance(calibration, torch.Tensor):
-            tokenizer = opened.tokenizer()
+            tokenizer = source.tokenizer()
         data = prepare(chosen.calibration, tokenizer, source.config, calibration)
         tokenizer = None  # some take as much memory as a block
     start = _start(chosen, architecture, next(iter(plans.values())), data, len(plans))
@@ -271,7 +269,7 @@ def compare(
     if len(skipped) == len(variants):
         raise _nothing_left(skipped)
     return Comparison(
-        model=_model_name(model),
+        model=name_of(model),
         recipe=chosen.name,
         selection=selection,
         variants=tuple(
@@ -339,9 +337,3 @@ def _spread(errors: Sequence[tuple[float, int]]) -> Spread:
     reached = list(accumulate(weights for _, weights in ranked))
     median = ranked[bisect_left(reached, reached[-1] / 2)][0]
     return Spread(sum(error * weights for error, weights in ranked) / reached[-1], median)
-
-
-def _model_name(model: str | Path | PreTrainedModel) -> str:
-    if isinstance(model, PreTrainedModel):
-        return model.config.name_or_path or type(model).__name__
-    return str(model)

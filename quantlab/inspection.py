@@ -17,7 +17,7 @@ from quantlab.engine.journal import LOG
 from quantlab.engine.quantize import RECIPE
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError
-from quantlab.nn import Storage
+from quantlab.storage import Storage
 
 Header = Mapping[str, Mapping[str, Any]]
 

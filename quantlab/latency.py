@@ -16,7 +16,8 @@ from quantlab.allocation.task import Task
 from quantlab.devices import Device, device_called
 from quantlab.engine.footprint import planned_storage
 from quantlab.model_shape import routed_share
-from quantlab.nn import QuantLinear, Storage
+from quantlab.nn import QuantLinear
+from quantlab.storage import Storage
 
 HERE = "here"
 """The device that is measured, kernel by kernel: the one that the task is on; ``cpu`` is a roofline."""

@@ -17,7 +17,7 @@ from quantlab.engine.architecture import describe, features
 from quantlab.engine.footprint import planned_storage, stored_bytes
 from quantlab.engine.preflight import plan
 from quantlab.errors import QuantlabError
-from quantlab.nn import unfuse_experts
+from quantlab.experts import unfuse_experts
 from quantlab.recipe import Recipe
 
 ORIGINAL = "original"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,10 +154,10 @@ def curve(
 
 def _spread(losses: Sequence[float], count: int) -> list[int]:
     """Places of so many plans, whose losses are spread evenly in ratio."""
-    positive: Callable[[float], float] = lambda loss: math.log(max(loss, 1e-12))  # noqa: E731
     inner = range(1, len(losses) - 1)
     if count >= len(inner):
         return list(inner)
-    top, bottom = positive(losses[1]), positive(losses[len(losses) // 2])
+    logs = [math.log(max(loss, 1e-12)) for loss in losses]
+    top, bottom = logs[1], logs[len(logs) // 2]
     wanted = [top + (bottom - top) * (k + 0.5) / count for k in range(count)]
-    return sorted({min(inner, key=lambda place: abs(positive(losses[place]) - target)) for target in wanted})
+    return sorted({min(inner, key=lambda place: abs(logs[place] - target)) for target in wanted})

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from quantlab.allocation import OF_ITEMS, sensitivity_called
 from quantlab.allocation.budget import Budget, parse_budget
@@ -19,12 +18,12 @@ from quantlab.allocation.plan import Plan
 from quantlab.allocation.sensitivity import VERSION
 from quantlab.allocation.task import Task, Tell, as_variant, plan_candidates
 from quantlab.checkpoint.cache import cache_dir
-from quantlab.checkpoint.on_device import DeviceSource
-from quantlab.checkpoint.resolve import resolve
-from quantlab.checkpoint.source import ModuleSource, open_source, parameter_bytes
+from quantlab.checkpoint.on_device import placed
+from quantlab.checkpoint.resolve import Model, name_of, source_of
+from quantlab.checkpoint.source import parameter_bytes
 from quantlab.devices import device_names
 from quantlab.engine.architecture import Architecture, describe
-from quantlab.engine.calibration import CalibrationText, prepare
+from quantlab.engine.calibration import CalibrationData, CalibrationText, prepare
 from quantlab.engine.device import choose_device
 from quantlab.errors import PreflightError, RecipeError
 from quantlab.latency import HERE
@@ -34,8 +33,6 @@ from quantlab.variants import Grid, expand
 
 CANDIDATES = "formats=int2,int3,int4,int5,int6,int8,e2m3"
 """What layers choose from if nobody says: otherwise as the recipe has them."""
-
-Model = str | Path | PreTrainedModel
 
 
 def plan(
@@ -139,8 +136,7 @@ def prepare_planning(
             f"recipe {base.name!r} rewrites the model ({', '.join(base.transforms)}), and sensitivities are measured "
             "on it as it is; add --set transforms=none"
         )
-    opened = ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
-    source = opened if where.type == "cpu" else DeviceSource(opened, where)
+    source = placed(source_of(model), where)
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     names = _taking_part(base, architecture, include)
@@ -151,7 +147,7 @@ def prepare_planning(
         number, reason = next(iter(refused.items()))
         raise PreflightError(f"candidate {variants[number].name}: {reason}; leave it out, or use another group size")
     if tokenizer is None and not isinstance(calibration, torch.Tensor):
-        tokenizer = opened.tokenizer()
+        tokenizer = source.tokenizer()
     data = prepare(base.calibration, tokenizer, source.config, calibration)
     task = Task(
         source,
@@ -164,21 +160,11 @@ def prepare_planning(
         tell or (lambda _done, _total, _what: None),
         {"together": together, **(options or {})},
     )
-    identity = {
-        "version": VERSION,
-        "quantlab": metadata.version("quantlab"),
-        "method": sensitivity,
-        "options": {**(options or {}), **({"together": together} if sensitivity in OF_ITEMS else {})},
-        "model": source.fingerprint(),
-        "layers": list(names),
-        "candidates": [asdict(variant) for variant in variants],
-        "calibration": data.description["sha256"],
-        **({} if where.type == "cpu" else {"device": where.type}),
-    }
+    identity = _identity(task, sensitivity, data)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / "sensitivities" if cache is None else Path(cache)
     return Planning(
-        model=_model_name(model),
+        model=name_of(model),
         task=task,
         base=base,
         method=sensitivity,
@@ -213,15 +199,26 @@ def _taking_part(base: Recipe, architecture: Architecture, include: Sequence[str
     return names
 
 
+def _identity(task: Task, sensitivity: str, data: CalibrationData) -> dict[str, Any]:
+    """What a measured sensitivity depends on."""
+    # Whether layers stay together matters only to a sensitivity that measures them together.
+    options = {key: value for key, value in task.options.items() if key != "together" or sensitivity in OF_ITEMS}
+    return {
+        "version": VERSION,
+        "quantlab": metadata.version("quantlab"),
+        "method": sensitivity,
+        "options": options,
+        "model": task.source.fingerprint(),
+        "layers": list(task.names),
+        "candidates": [asdict(candidate) for candidate in task.candidates],
+        "calibration": data.description["sha256"],
+        **({} if task.source.device.type == "cpu" else {"device": task.source.device.type}),
+    }
+
+
 def _original_bytes(task: Task) -> int:
     """Of the layers that take part, a shared weight counted once; an embedding that a head shares stays for it."""
     seen = {id(task.weight(name)): task.weight(name) for name in task.names}
     everywhere = [*task.architecture.all_layers, *task.architecture.embeddings]
     staying = {id(task.weight(name)) for name in everywhere if name not in task.names}
     return sum(weight.numel() * weight.element_size() for key, weight in seen.items() if key not in staying)
-
-
-def _model_name(model: Model) -> str:
-    if isinstance(model, PreTrainedModel):
-        return model.config.name_or_path or type(model).__name__
-    return str(model)

@@ -60,3 +60,8 @@ class Registry(Generic[_Method]):
                 raise RecipeError(f"{self.axis} {name!r} has no option {option!r}; {has}")
         made: _Method = self._classes[name](**options)
         return made
+
+
+def is_number(value: object) -> bool:
+    """Whether an option's value is a number: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

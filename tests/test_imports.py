@@ -26,7 +26,8 @@ PACKAGES = {
 GROUND = {"quantlab_kernels", "quantlab_evals", "quantlab.errors"}
 NUMERICS = {"quantlab.errors", "quantlab_kernels"}
 METHODS = {"quantlab.errors", "quantlab.numerics", "quantlab.recipe", "quantlab.registry", "quantlab.problem"}
-MODEL = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.nn", "quantlab.experts"}
+STORED = {"quantlab.errors", "quantlab.numerics", "quantlab_kernels", "quantlab.storage"}
+MODEL = {*STORED, "quantlab.nn", "quantlab.experts"}
 PARTS = {"quantizers", "transforms", "compensation"}
 ENGINE = {*MODEL, *METHODS, "quantlab.checkpoint", *(f"quantlab.{part}" for part in PARTS), "quantlab_evals"}
 TOP = {*ENGINE, "quantlab.engine", "quantlab.allocation"}
@@ -50,7 +51,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "quantlab.transforms": METHODS,
     "quantlab.compensation": METHODS,
     "quantlab.experts": {"quantlab.errors"},
-    "quantlab.nn": MODEL - {"quantlab.nn"},
+    "quantlab.storage": STORED - {"quantlab.storage"},
+    "quantlab.nn": STORED,
     "quantlab.checkpoint": MODEL,
     "quantlab.engine": ENGINE,
     "quantlab.allocation": ENGINE | {"quantlab.engine", "quantlab.variants"},

@@ -11,8 +11,10 @@ import transformers
 from torch import nn
 
 from quantlab.errors import QuantlabError
-from quantlab.nn import QuantLinear, Storage, UnfusedExperts, unfuse_experts
+from quantlab.experts import UnfusedExperts, unfuse_experts
+from quantlab.nn import QuantLinear
 from quantlab.numerics import LowRank, QTensor, apply_scales, choose_scales, grid
+from quantlab.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("reference_kernel")
 

@@ -27,10 +27,10 @@ from quantlab.engine.footprint import planned_storage, stored_bytes
 from quantlab.engine.solve import plan_layer
 from quantlab.errors import QuantlabError
 from quantlab.model_shape import Attention, Shape, model_shapes
-from quantlab.nn import Storage
 from quantlab.numerics import LowRank, QTensor, apply_scales, choose_scales
 from quantlab.prediction import predict
 from quantlab.recipe import Scheme, load_recipe
+from quantlab.storage import Storage
 
 # The example of arXiv:2405.08944: 34 billion weights in BF16, 60 layers, 8 key heads of 128, width 7168, on an A100.
 GIB = 1 << 30

@@ -21,6 +21,7 @@ from quantlab.allocation.resumed import ResumedDivergence
 from quantlab.allocation.sensitivity import NATS, Sensitivity, Unit
 from quantlab.allocation.task import Task, spread
 from quantlab.engine.architecture import Architecture
+from quantlab.engine.survey import Measured
 
 # Text that divergence is measured on; what a candidate loses, in nats, below which finer ones are scaled.
 SEQUENCES, LENGTH, LITTLE = 4, 256, 0.003
@@ -115,6 +116,5 @@ def _distance(divergence: ResumedDivergence, changed: Mapping[str, torch.Tensor]
     return sum(float((divergence.weight(name) - weight).square().sum()) for name, weight in changed.items())
 
 
-def _error(found: Mapping[int, object], number: int) -> float:
-    entry = found.get(number)
-    return entry.report.error if entry is not None else math.inf  # type: ignore[attr-defined]
+def _error(found: Mapping[int, Measured], number: int) -> float:
+    return found[number].report.error if number in found else math.inf

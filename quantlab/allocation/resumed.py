@@ -98,7 +98,7 @@ class ResumedDivergence:
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Keep what blocks return. A block that is called twice is not skipped, nor is any after it."""
+        """Keep what blocks return; where one is called twice, no forward is resumed."""
 
         def keep(name: str) -> Any:
             def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:

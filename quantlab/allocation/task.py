@@ -17,8 +17,8 @@ from quantlab.checkpoint.source import ModelSource, parameter_bytes
 from quantlab.engine.architecture import Architecture
 from quantlab.engine.device import free_bytes
 from quantlab.engine.footprint import planned_storage, stored_bytes
+from quantlab.engine.selection import plan_each
 from quantlab.engine.solve import PlannedLayer
-from quantlab.engine.survey import plan_each
 from quantlab.errors import PreflightError
 from quantlab.recipe import Scheme
 from quantlab.variants import Variant

@@ -7,15 +7,13 @@ LoRA pair ``B @ A`` with a scaling of 1. In PEFT's layout a layer ``name`` of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantlab.checkpoint.native import parse_quantization_config
-from quantlab.checkpoint.weights import WeightFiles
+from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.errors import CheckpointError
 from quantlab.numerics import LowRank
@@ -42,20 +40,16 @@ def save_adapter(folder: str | Path, out: str | Path, base: str | None = None) -
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; choose another folder for the adapter")
-    config = _config(folder)
-    storages = parse_quantization_config(config.get("quantization_config") or {})
-    corrected = {name: storage for name, storage in sorted(storages.items()) if storage.low_rank}
+    opened = QuantizedFolder(folder)
+    corrected = {name: storage for name, storage in sorted(opened.layers.items()) if storage.low_rank}
     if not corrected:
         raise CheckpointError(
             f"{folder}: no layer has a low-rank correction; quantize with one, for example --set compensation=lorc"
         )
-    files = WeightFiles(folder)
     tensors: dict[str, torch.Tensor] = {}
-    for name in corrected:
-        parts = [f"{name}.low_rank_{part}" for part in ("left", "right", "scales")]
-        if missing := [part for part in parts[:2] if part not in files.stored]:
-            raise CheckpointError(f"{missing[0]}: no weight file has it; the folder is not complete")
-        low_rank = LowRank(*(files.read(part) if part in files.stored else None for part in parts))  # type: ignore[arg-type]
+    for name, storage in corrected.items():
+        stored = [part for part in ("left", "right", "scales") if f"low_rank_{part}" in storage.specs()]
+        low_rank = LowRank(**{part: opened.files.read(f"{name}.low_rank_{part}") for part in stored})
         dtype = torch.float32 if low_rank.scales is not None else low_rank.left.dtype
         tensors[f"base_model.model.{name}.lora_A.weight"] = low_rank.right.to(dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = low_rank.scaled_left(dtype)
@@ -63,13 +57,6 @@ def save_adapter(folder: str | Path, out: str | Path, base: str | None = None) -
     writer.write(ADAPTER, tensors)
     writer.write_json(CONFIG, _adapter_config({name: storage.low_rank for name, storage in corrected.items()}, base))
     return out
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: has no readable config.json ({error})") from error
 
 
 def _adapter_config(ranks: Mapping[str, int], base: str | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from quantlab.checkpoint.gguf_file import existing_file, field, open_file
 from quantlab.checkpoint.gguf_tensors import Progress, weights
 from quantlab.checkpoint.quantized import INEXACT
 from quantlab.errors import CheckpointError
+from quantlab.storage import dtype_name
 
 RECORD = "quantlab-import.json"
 
@@ -100,7 +101,7 @@ def gguf_weights(path: Path) -> tuple[int, int]:
 
 def _record(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": str(dtype).removeprefix("torch.")}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": dtype_name(dtype)}
 
 
 def _is_import_of(folder: Path, record: dict[str, Any]) -> bool:

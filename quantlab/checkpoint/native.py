@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from quantlab.errors import CheckpointError, QuantlabError, RecipeError
-from quantlab.nn import Storage, packed_tensors, unpacked
 from quantlab.numerics import QTensor, grid
+from quantlab.storage import Storage, packed_tensors, unpacked
 
 QUANT_METHOD = "quantlab"
 FORMAT_VERSION = 1

@@ -12,6 +12,11 @@ from quantlab.checkpoint.placement import assign, selected
 from quantlab.checkpoint.source import ModelSource, Select
 
 
+def placed(source: ModelSource, device: torch.device) -> ModelSource:
+    """The source with its weights on a device; on the CPU they are."""
+    return source if device.type == "cpu" else DeviceSource(source, device)
+
+
 class DeviceSource(ModelSource):
     """Another source's model on a device. Files are read on the CPU, a part at a time, as the other source reads them.
 

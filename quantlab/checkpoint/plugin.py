@@ -20,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantlab.checkpoint.native import QUANT_METHOD, check_table, parse_quantization_config
 from quantlab.errors import CheckpointError, QuantlabError
-from quantlab.nn import QuantEmbedding, QuantLinear, Storage, UnfusedExperts, unfuse_experts
+from quantlab.experts import UnfusedExperts, unfuse_experts
+from quantlab.nn import QuantEmbedding, QuantLinear
+from quantlab.storage import Storage
 
 
 class QuantlabConfig(QuantizationConfigMixin):

@@ -18,7 +18,7 @@ from quantlab.checkpoint.placement import assign, selected
 from quantlab.checkpoint.skeleton import auto_dtype, empty_model, fill_non_persistent_buffers, model_class, untie
 from quantlab.checkpoint.weights import WeightFiles
 from quantlab.errors import CheckpointError
-from quantlab.nn import unfuse_experts
+from quantlab.experts import unfuse_experts
 from quantlab.numerics import QTensor
 
 DIGEST = "verification.json"

@@ -1,4 +1,4 @@
-"""From what a person calls a model to a Hugging Face folder on this disk."""
+"""From what a person calls a model to a Hugging Face folder on this disk, and to its weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import PreTrainedModel
 
 from quantlab.checkpoint.demo import DEMO_NAME, demo_model
 from quantlab.checkpoint.gguf import cached_gguf
+from quantlab.checkpoint.source import ModelSource, ModuleSource, open_source
 from quantlab.errors import CheckpointError
+
+Model = str | Path | PreTrainedModel
+"""A local folder, a ``.gguf`` file, a Hugging Face id, ``demo``, or a model in memory."""
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*"]
 
@@ -34,6 +39,22 @@ def resolve(model: str | Path) -> Path:
         what = "is a file, not a model folder or a .gguf" if path.exists() else "does not exist"
         raise CheckpointError(f"{model}: {what}; give a local model folder, a .gguf file, a Hugging Face id or `demo`")
     return _download(str(model))
+
+
+def source_of(model: Model) -> ModelSource:
+    """The weights of a model that is not quantized.
+
+    Raises:
+        CheckpointError: there is no such model, or it is quantized already.
+    """
+    return ModuleSource(model) if isinstance(model, PreTrainedModel) else open_source(resolve(model))
+
+
+def name_of(model: Model) -> str:
+    """What a person called the model; of one in memory what it remembers, or its class."""
+    if isinstance(model, PreTrainedModel):
+        return model.config.name_or_path or type(model).__name__
+    return str(model)
 
 
 def _download(repository: str) -> Path:

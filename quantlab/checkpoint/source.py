@@ -31,7 +31,7 @@ from quantlab.checkpoint.skeleton import (
 )
 from quantlab.checkpoint.weights import WeightFiles, WeightPlan
 from quantlab.errors import CheckpointError
-from quantlab.nn import UnfusedExperts, unfuse_experts
+from quantlab.experts import UnfusedExperts, unfuse_experts
 
 __all__ = [
     "FolderSource",

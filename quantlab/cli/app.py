@@ -23,7 +23,20 @@ from quantlab.cli import (
     sweep,
     verify,
 )
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, chosen_settings, overrides_with_calibration, prepare
+from quantlab.cli.options import (
+    MODEL,
+    CalibrationLength,
+    CalibrationSamples,
+    CalibrationSeed,
+    CalibrationSource,
+    Json,
+    Quiet,
+    RecipeSettings,
+    Threads,
+    chosen_settings,
+    overrides_with_calibration,
+    prepare,
+)
 from quantlab.cli.output import BAD_INPUT, INTERRUPTED, Output, say_error
 
 app = typer.Typer(
@@ -60,20 +73,11 @@ def quantize(
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="A ready recipe (see `quantlab recipes`) or a YAML file.")
     ] = "w4-gptq",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Calibration text: `builtin`, a text or .jsonl file, a data set name:config:split:column.",
-        ),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a calibration sequence.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
+    settings: RecipeSettings = None,
+    calibration: CalibrationSource = None,
+    samples: CalibrationSamples = None,
+    length: CalibrationLength = None,
+    seed: CalibrationSeed = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")] = False,
     requantize: Annotated[

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, overrides_with_calibration, prepare
+from quantlab.cli.options import (
+    MODEL,
+    CalibrationLength,
+    CalibrationSamples,
+    CalibrationSource,
+    Json,
+    Quiet,
+    RecipeSettings,
+    Threads,
+    overrides_with_calibration,
+    prepare,
+)
 from quantlab.cli.output import Output
 
 EXAMPLES = (
@@ -35,15 +46,10 @@ def compare(
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="Where axes that the grid does not name have their values.")
     ] = "w4-rtn",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."),
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Calibration text, as `quantlab quantize` takes it.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a calibration sequence.")] = None,
+    settings: RecipeSettings = None,
+    calibration: CalibrationSource = None,
+    samples: CalibrationSamples = None,
+    length: CalibrationLength = None,
     outputs: Annotated[
         bool, typer.Option("--outputs", help="Measure outputs even where no method needs calibration.")
     ] = False,

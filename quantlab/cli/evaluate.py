@@ -71,12 +71,13 @@ def evaluate(
     """Measure perplexity and, against the original, KL divergence and agreement on the next token."""
     with Output(as_json, quiet, on_interrupt=lambda: "interrupted; nothing was written") as output:
         from quantlab.cli import show_evaluation
-        from quantlab.cli.progress import stderr_console, window_progress
+        from quantlab.cli.counting import count_progress
+        from quantlab.cli.progress import stderr_console
 
         chosen: dict[str, Any] = {"text": text, "windows": windows, "length": length}
         chosen |= chosen_settings(settings, _KEYS)
         chosen["measures"] = None if measures is None else [name.strip() for name in measures.split(",")]
-        with window_progress(stderr_console(), ", ".join(models), quiet=quiet) as progress:
+        with count_progress(stderr_console(), "window", ", ".join(models), quiet=quiet) as progress:
             prepare(threads, quiet=quiet)
             found = list(
                 _run(

@@ -81,7 +81,8 @@ def evaluate_summaries(
 ) -> None:
     """Let a causal or encoder-decoder model summarize documents, and score what it writes by ROUGE."""
     with Output(as_json, quiet, on_interrupt=lambda: _INTERRUPTED) as output:
-        from quantlab.cli.progress import count_progress, stderr_console
+        from quantlab.cli.counting import count_progress
+        from quantlab.cli.progress import stderr_console
 
         with count_progress(stderr_console(), "document", model, quiet=quiet) as progress:
             prepare(threads, quiet=quiet)

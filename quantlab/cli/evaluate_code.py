@@ -58,7 +58,8 @@ def evaluate_code(
 ) -> None:
     """Measure how many programming problems a model solves (pass@k), by running what it writes in a sandbox."""
     with Output(as_json, quiet, on_interrupt=lambda: "interrupted; nothing was written") as output:
-        from quantlab.cli.progress import count_progress, stderr_console
+        from quantlab.cli.counting import count_progress
+        from quantlab.cli.progress import stderr_console
 
         chosen = numbers(ks, "--k")
         with count_progress(stderr_console(), "done", model, quiet=quiet) as progress:

@@ -46,7 +46,8 @@ def evaluate_generation(
     """Let models write under a grid of settings: speed, memory, repetition, and how the original sees the text."""
     kept = f"interrupted; finished cells are kept in {out}: run the same command again to go on"
     with Output(as_json, quiet, on_interrupt=lambda: kept) as output:
-        from quantlab.cli.progress import count_progress, stderr_console
+        from quantlab.cli.counting import count_progress
+        from quantlab.cli.progress import stderr_console
 
         axes = [
             numbers(values, name)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.options import Json, Quiet, Threads, prepare
+from quantlab.cli.options import Json, Quiet, Threads, chosen_settings, prepare
 from quantlab.cli.output import Output
 
 EXAMPLES = (
@@ -36,16 +36,7 @@ def export(
 ) -> None:
     """Write a quantized model in another tool's format, with its own codes where they fit."""
     with Output(as_json, quiet) as output:
-        import yaml
-
-        from quantlab.errors import CheckpointError
-
-        chosen: dict[str, Any] = {}
-        for setting in settings or ():
-            key, equals, value = setting.partition("=")
-            if not equals:
-                raise CheckpointError(f"--set {setting!r}: expected KEY=VALUE")
-            chosen[key] = yaml.safe_load(value)
+        chosen = chosen_settings(settings)
         prepare(threads, quiet=True)
         from quantlab.export import export as run
 

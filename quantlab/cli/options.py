@@ -17,6 +17,20 @@ Device = Annotated[
     str,
     typer.Option(help="Where models run: cpu, cuda, cuda:1, or auto: on GPUs if any, the rest in memory and on disk."),
 ]
+RecipeSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."),
+]
+CalibrationSource = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Calibration text: `builtin`, a text or .jsonl file, a data set name:config:split:column.",
+    ),
+]
+CalibrationSamples = Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")]
+CalibrationLength = Annotated[int | None, typer.Option(metavar="N", help="Tokens in a calibration sequence.")]
+CalibrationSeed = Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")]
 MODEL = "A local model folder, a Hugging Face id, a .gguf file, or `demo`."
 MEASURED = "A model folder, quantized or not, a Hugging Face id, a .gguf file, `demo`, or TOOL:KIND:MODEL."
 
@@ -51,8 +65,16 @@ def overrides_with_calibration(
     return [f"calibration.{key}={value}" for key, value in short.items() if value is not None] + (settings or [])
 
 
-def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[str, Any]:
-    """``key=value`` settings as a mapping; values are YAML. Raises `QuantlabError` for an unknown key."""
+def chosen_settings(settings: list[str] | None, known: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """``key=value`` settings as a mapping; values are YAML.
+
+    Args:
+        settings: as they were given.
+        known: the keys that there are; None: others will check them.
+
+    Raises:
+        QuantlabError: an unknown key, or a value that cannot be read.
+    """
     import yaml
 
     from quantlab.errors import QuantlabError
@@ -60,8 +82,9 @@ def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[
     chosen: dict[str, Any] = {}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
-        if not equals or key not in known:
-            raise QuantlabError(f"--set {setting!r}: expected KEY=VALUE with a key out of {', '.join(known)}")
+        if not equals or (known is not None and key not in known):
+            keys = "" if known is None else f" with a key out of {', '.join(known)}"
+            raise QuantlabError(f"--set {setting!r}: expected KEY=VALUE{keys}")
         try:
             chosen[key] = value if key == "text" else yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -70,7 +93,11 @@ def chosen_settings(settings: list[str] | None, known: tuple[str, ...]) -> dict[
 
 
 def numbers(values: str, option: str) -> list[float]:
-    """A list like ``0,0.7,1``. Raises `QuantlabError` if it is none."""
+    """A list like ``0,0.7,1``.
+
+    Raises:
+        QuantlabError: it is none.
+    """
     from quantlab.errors import QuantlabError
 
     try:

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.options import MODEL, Json, Quiet, Threads, overrides_with_calibration, prepare
+from quantlab.cli.options import (
+    MODEL,
+    CalibrationLength,
+    CalibrationSamples,
+    CalibrationSeed,
+    CalibrationSource,
+    Json,
+    Quiet,
+    RecipeSettings,
+    Threads,
+    overrides_with_calibration,
+    prepare,
+)
 from quantlab.cli.output import Output
 
 EXAMPLES = (
@@ -54,10 +66,7 @@ def plan(
         str | None, typer.Option(help='What layers choose from, "AXIS=VALUE,...", as `quantlab compare` takes it.')
     ] = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="What holds for all candidates.")] = "w4-gptq",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe. Can be given several times."),
-    ] = None,
+    settings: RecipeSettings = None,
     sensitivity: Annotated[str, typer.Option(help="How layers are judged; docs/plan.md says which, when.")] = "error",
     options: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the sensitivity.")
@@ -84,12 +93,10 @@ def plan(
             help="What milliseconds are of: here (measured on --device), or a name that `quantlab roofline` knows.",
         ),
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Calibration text, as `quantlab quantize` takes it.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a calibration sequence.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="For drawing the calibration sequences.")] = None,
+    calibration: CalibrationSource = None,
+    samples: CalibrationSamples = None,
+    length: CalibrationLength = None,
+    seed: CalibrationSeed = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where sensitivities are kept. [default: the user's cache]")
     ] = None,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, TextIO
 import psutil
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -285,71 +282,6 @@ def writers(console: Console, *, quiet: bool, log: Path | None) -> Iterator[Writ
 def note_kind(note: str) -> str:
     """A note without its numbers: what makes two of them the same."""
     return "".join("#" if letter.isdigit() else letter for letter in note)
-
-
-@contextmanager
-def window_progress(console: Console, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A function to be told of the windows done and the windows in all: a bar, or a line now and then."""
-    with count_progress(console, "window", what, quiet=quiet) as tell:
-        yield tell
-
-
-@contextmanager
-def count_progress(console: Console, unit: str, what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A function to be told of what is done and what there is in all, in any unit; see `window_progress`."""
-    if quiet:
-        yield lambda _done, _total: None
-        return
-    console.print(Text(f"{what}: reading the text and loading", style="dim"), soft_wrap=True)
-    if not console.is_terminal or console.is_dumb_terminal:
-        yield _count_lines(console, unit)
-        return
-    columns = (TextColumn(unit + " {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
-    task = bar.add_task("elapsed", start=False)
-    pace = _Pace()
-
-    def tell(done: int, total: int) -> None:
-        _, left = pace.after(done, total)
-        bar.update(task, completed=done, total=total, description=f"elapsed, about {clock(left)} left")
-        if done == 1:  # a download may have shown its own bar until here
-            bar.start_task(task)
-            bar.start()
-
-    try:
-        yield tell
-    finally:
-        bar.stop()
-
-
-def _count_lines(console: Console, unit: str) -> Callable[[int, int], None]:
-    pace = _Pace()
-
-    def tell(done: int, total: int) -> None:
-        elapsed, left = pace.after(done, total)
-        # Ten lines in all, however many windows.
-        if done == total or done * 10 // total > (done - 1) * 10 // total:
-            console.print(
-                f"{unit} {done} of {total}, {clock(elapsed)} elapsed, about {clock(left)} left",
-                soft_wrap=True,
-            )
-
-    return tell
-
-
-class _Pace:
-    """Seconds gone and seconds left, of a pass that may be followed by another."""
-
-    def __init__(self) -> None:
-        self._began = self._latest = time.perf_counter()
-        self._done = 0
-
-    def after(self, done: int, total: int) -> tuple[float, float]:
-        if done <= self._done:
-            self._began = self._latest
-        self._done, self._latest = done, time.perf_counter()
-        elapsed = self._latest - self._began
-        return elapsed, elapsed / done * (total - done)
 
 
 def _opening(tracker: Tracker) -> Iterator[str]:

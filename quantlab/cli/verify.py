@@ -47,7 +47,11 @@ def verify(
 
 
 def checked(folder: Path, against: str | None = None, device: str = "cpu") -> Verification:
-    """The verification of a model; raises `VerificationError` if something is wrong with it."""
+    """The verification of a model.
+
+    Raises:
+        VerificationError: something is wrong with it.
+    """
     from quantlab.errors import VerificationError
     from quantlab.verification import verify as run
 

@@ -27,6 +27,7 @@ from quantlab.errors import RecipeError
 from quantlab.numerics import LowRank, QTensor, apply_scales
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic, require
 from quantlab.recipe import Scheme
+from quantlab.registry import is_number
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class LowRankRepair:
                 raise RecipeError(f"{self.name}: {option} {value!r}: use a whole number, at least {least}")
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise RecipeError(f"{self.name}: dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.energy is not None and (not _is_number(self.energy) or not 0 < self.energy <= 1):
+        if self.energy is not None and (not is_number(self.energy) or not 0 < self.energy <= 1):
             raise RecipeError(f"{self.name}: energy {self.energy!r}: use a fraction above 0 and at most 1")
         if self.preserve != "auto" and (type(self.preserve) is not int or not 0 <= self.preserve <= self.rank):
             raise RecipeError(f"{self.name}: preserve {self.preserve!r}: use auto, or 0 to the rank, {self.rank}")
-        if self.budget is not None and not (_is_number(self.budget) and self.budget > 0):
+        if self.budget is not None and not (is_number(self.budget) and self.budget > 0):
             raise RecipeError(f"{self.name}: budget {self.budget!r}: use bits a weight, such as 0.1")
 
     def needs(self, scheme: Scheme) -> Statistic:  # noqa: ARG002 - every scheme can be repaired
@@ -156,10 +157,6 @@ class LowRankRepair:
         vectors, values = leading(target, metric, rank)
         kept = _split(target, values, metric) if self.preserve == "auto" else int(self._preserve_within(rank))
         return ((vectors[:, :kept] @ vectors[:, :kept].T) @ target.double()).float() if kept else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.errors import PreflightError
-from quantlab.nn import UnfusedExperts
+from quantlab.experts import UnfusedExperts
 
 # The name of what is in no block: embeddings, the last norm, the head.
 OUTSIDE = ""

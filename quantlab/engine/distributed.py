@@ -22,8 +22,8 @@ from torch import distributed
 from quantlab.engine.journal import Journal
 from quantlab.engine.report import LayerReport
 from quantlab.errors import LostRankError, PreflightError, QuantlabError
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor
+from quantlab.storage import Storage
 
 Value = TypeVar("Value")
 

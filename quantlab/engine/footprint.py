@@ -6,8 +6,8 @@ import math
 
 from quantlab.compensation.low_rank import LowRankRepair
 from quantlab.engine.solve import PlannedLayer
-from quantlab.nn import Storage
 from quantlab.numerics import scale_type, zero_dtype
+from quantlab.storage import Storage, dtype_name
 
 
 def planned_storage(layer: PlannedLayer, bias: bool = False) -> Storage:
@@ -30,8 +30,8 @@ def planned_storage(layer: PlannedLayer, bias: bool = False) -> Storage:
         in_features=columns,
         out_features=rows,
         scale_shape=(scale_rows, groups),
-        scale_dtype=_name(kind.dtype),
-        zero_dtype=None if scheme.symmetric else _name(zero_dtype(form.grid, kind)),
+        scale_dtype=dtype_name(kind.dtype),
+        zero_dtype=None if scheme.symmetric else dtype_name(zero_dtype(form.grid, kind)),
         low_rank=0 if repair is None else min(repair.rank, *layer.shape),
         low_rank_dtype=None if repair is None else repair.dtype,
         outer_scales=0 if not kind.block else 1 if kind.block < 0 else -(-count // kind.block),
@@ -44,7 +44,3 @@ def planned_storage(layer: PlannedLayer, bias: bool = False) -> Storage:
 def stored_bytes(storage: Storage) -> int:
     """Bytes of everything that is stored of a weight; its bias is not."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in storage.specs().values())
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,8 +20,8 @@ from quantlab.checkpoint.native import read_layer
 from quantlab.checkpoint.writer import CheckpointWriter, read_header, shard_name
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError, PreflightError
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor
+from quantlab.storage import Storage
 
 LOG = "run.jsonl"
 _NEW_LOG = f"{LOG}.partial"

@@ -12,8 +12,8 @@ from quantlab.checkpoint.native import layer_tensors
 from quantlab.engine.architecture import Architecture, get_weight, replace_tensor, set_weight
 from quantlab.engine.report import LayerReport
 from quantlab.engine.solve import Answer
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor
+from quantlab.storage import Storage
 
 
 class PackedBlock(NamedTuple):

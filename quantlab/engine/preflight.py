@@ -36,15 +36,16 @@ def plan(recipe: Recipe, architecture: Architecture, model: nn.Module) -> dict[s
             go with a layer's weight.
         PreflightError: a group size that does not divide a layer's inputs; a recipe that leaves nothing to do.
     """
+    patterns = {name: recipe.patterns_for(name) for name in architecture.quantizable}
+    matching = set().union(*patterns.values())
     for pattern in recipe.layers:
-        if not any(matches(pattern, name) for name in architecture.quantizable):
+        if pattern not in matching:
             raise RecipeError(unmatched(pattern, architecture, model))
     planned: dict[str, PlannedLayer] = {}
     blocks = {name: block for block, names in architecture.layers.items() for name in names}
     for name in architecture.quantizable:
-        named = any(matches(pattern, name) for pattern in recipe.layers)
         scheme = recipe.scheme(name)
-        if not scheme.keeps and (name in blocks or named):
+        if not scheme.keeps and (name in blocks or patterns[name]):
             if name in architecture.embeddings and scheme.activations != "none":
                 raise RecipeError(
                     f"{name}: activations {scheme.activations}: an embedding is looked up and multiplies nothing; "

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from quantlab.engine.architecture import features, get_weight, is_linear
 from quantlab.engine.forward import Call
 from quantlab.engine.trial import Trial, distance, first_layers
-from quantlab.nn import UnfusedExperts
+from quantlab.experts import UnfusedExperts
 
 # How much folding may change a block's output, in units of the change that one half of it, the producer's, makes.
 _EXACT = 1e-3

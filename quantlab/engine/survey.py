@@ -13,7 +13,7 @@ Blocks behind the last chosen layer are not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -21,20 +21,17 @@ import torch
 from torch import nn
 
 from quantlab.checkpoint.source import ModelSource
-from quantlab.engine.architecture import OUTSIDE, Architecture, features, get_weight
+from quantlab.engine.architecture import OUTSIDE, Architecture, get_weight
 from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.observe import Calibration
-from quantlab.engine.preflight import undivided, unmatched
 from quantlab.engine.progress import Progress, Silent
 from quantlab.engine.report import LayerReport
-from quantlab.engine.solve import PlannedLayer, plan_layer, solve
-from quantlab.errors import PreflightError, RecipeError
+from quantlab.engine.selection import Plan, wanted
+from quantlab.engine.solve import PlannedLayer, solve
+from quantlab.errors import RecipeError
 from quantlab.problem import InputStatistics, LayerProblem, Solution, Statistic
 from quantlab.quantizers import Quantizer
-from quantlab.recipe import Scheme, matches
-
-Plan = dict[str, PlannedLayer]
-"""What to do with each layer, by name."""
+from quantlab.recipe import Scheme
 
 
 @dataclass(frozen=True)
@@ -242,75 +239,6 @@ class _SomeRows:
             return report
         size = round(report.bytes * shape[0] / len(self.weight))
         return replace(report, shape=(shape[0], shape[1]), error=report.error * self.correction, bytes=size)
-
-
-def choose_layers(
-    patterns: Sequence[str] | None, blocks: int | None, architecture: Architecture, model: nn.Module
-) -> tuple[list[str], str]:
-    """Which layers are looked at.
-
-    Args:
-        patterns: of layers, as in recipes; None: the linear layers of some blocks.
-        blocks: how many, spread evenly over the model; None: all.
-        architecture: the model's parts.
-        model: its skeleton.
-
-    Returns:
-        Their names, in the order of definition, and how they were chosen, in words.
-
-    Raises:
-        RecipeError: a pattern that matches no layer.
-        PreflightError: a number of blocks that cannot be.
-    """
-    if patterns is not None:
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in architecture.all_layers):
-                raise RecipeError(unmatched(pattern, architecture, model))
-        if not patterns:
-            raise RecipeError("layers is empty: name a pattern, such as *.mlp.down_proj, or leave it out")
-        names = [name for name in architecture.all_layers if any(matches(pattern, name) for pattern in patterns)]
-        return names, f"{len(names)} layers that match {', '.join(patterns)}"
-    if blocks is not None and (type(blocks) is not int or blocks < 1):
-        raise PreflightError(f"blocks {blocks!r}: use a whole number, at least 1, or None for all")
-    total = len(architecture.blocks)
-    count = total if blocks is None else min(blocks, total)
-    # The middle of each of `count` equal parts: the first and the last block are often unlike all others.
-    chosen = [architecture.blocks[(2 * index + 1) * total // (2 * count)] for index in range(count)]
-    names = [name for block in chosen for name in architecture.layers[block]]
-    if count == total:
-        return names, f"all {len(names)} linear layers of all {total} blocks"
-    return names, f"all {len(names)} linear layers of {count} of {total} blocks, evenly spread: {', '.join(chosen)}"
-
-
-def plan_each(
-    schemes: Sequence[Scheme], names: Sequence[str], architecture: Architecture, model: nn.Module
-) -> tuple[dict[int, Plan], dict[int, str]]:
-    """For each scheme, by index, what to do with each layer; or, of those that cannot be carried out, why."""
-    block_of = {name: block for block, layers in architecture.layers.items() for name in layers}
-    shapes = {name: features(model.get_submodule(name)) for name in names}
-    plans: dict[int, Plan] = {}
-    refused: dict[int, str] = {}
-    for index, scheme in enumerate(schemes):
-        try:
-            plan = {name: plan_layer(name, block_of.get(name, OUTSIDE), shapes[name], scheme) for name in names}
-        except RecipeError as error:
-            refused[index] = str(error)
-            continue
-        if bad := [layer for layer in plan.values() if undivided(layer)]:
-            width = bad[0].shape[1]
-            refused[index] = f"{bad[0].name}: in_features {width} is not divisible by group size {scheme.granularity}"
-        else:
-            plans[index] = plan
-    return plans, refused
-
-
-def wanted(plans: Iterable[Plan]) -> Statistic:
-    """What any of the plans wants to be kept of any layer's inputs."""
-    found = Statistic.NONE
-    for plan in plans:
-        for layer in plan.values():
-            found |= layer.needs
-    return found
 
 
 def _weight_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:

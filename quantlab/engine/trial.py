@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from quantlab.engine.architecture import is_linear
 from quantlab.engine.forward import Call
 from quantlab.engine.hooks import hooked
-from quantlab.nn import UnfusedExperts
+from quantlab.experts import UnfusedExperts
 
 
 @dataclass(eq=False)

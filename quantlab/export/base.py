@@ -8,9 +8,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,8 +18,10 @@ from torch import nn
 from quantlab.checkpoint.quantized import DIGEST, INEXACT, QuantizedFolder
 from quantlab.checkpoint.writer import CheckpointWriter, shard_name
 from quantlab.errors import CheckpointError
-from quantlab.nn import Storage
 from quantlab.numerics import Grid, QTensor, apply_scales, choose_scales, grid
+from quantlab.storage import Storage
+
+Encoded = TypeVar("Encoded")
 
 # Layers that servers run as one product, by the last part of their names.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -101,7 +103,11 @@ class Refusals:
         if self.found:
             layer, reason = self.found[0]
             more = f" (and {len(self.found) - 1} more layers)" if len(self.found) > 1 else ""
-            raise CheckpointError(f"{layer}{more}: {self.format} cannot hold it as it is: {reason}; {self.remedy}")
+            raise _refused(f"{layer}{more}", reason, self.format, self.remedy)
+
+
+def _refused(layer: str, reason: str, format: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{layer}: {format} cannot hold it as it is: {reason}; {remedy}")
 
 
 def usual_group(storages: Iterable[Storage]) -> int | None:
@@ -154,6 +160,40 @@ def rounded_again(
     weight, table = qtensor.dequantize(), grid(f"int{bits}")
     scales = choose_scales(weight, table, size, importance=importance, stored=stored)
     return QTensor.of(apply_scales(weight, table, scales), scales, table)
+
+
+def encoded_or_rounded(
+    name: str,
+    qtensor: QTensor,
+    encode: Callable[[QTensor], Encoded],
+    round_again: Callable[[QTensor], Encoded] | None,
+    format: str,
+    remedy: str,
+) -> tuple[Encoded, str]:
+    """What a format makes of a layer, and what that lost; empty if nothing.
+
+    Args:
+        name: of the layer.
+        qtensor: its weight; a low-rank correction is left out, for the adapter, unless all of it is rounded again.
+        encode: given a weight without a correction; raises CannotHoldError.
+        round_again: given the weight where that cannot be; None: the layer is refused.
+        format: what it is called.
+        remedy: for a layer that is refused.
+
+    Raises:
+        CheckpointError: the layer is refused.
+    """
+    note = ""
+    if qtensor.low_rank is not None and round_again is None:
+        qtensor, note = replace(qtensor, low_rank=None), "without its low-rank correction, which is in adapter/"
+    try:
+        if qtensor.low_rank is not None:
+            raise CannotHoldError("it has a low-rank correction")
+        return encode(qtensor), note
+    except CannotHoldError as error:
+        if round_again is None:
+            raise _refused(name, str(error), format, remedy) from error
+        return round_again(qtensor), f"rounded again: {error}"
 
 
 def fused_sets(names: Iterable[str]) -> list[list[str]]:

@@ -10,8 +10,8 @@ from quantlab_kernels import ACTIVATIONS, pack
 from torch import nn
 
 from quantlab.export.base import CannotHoldError, as_words, granularity_of, integers_of, same_in, sign_and_magnitude
-from quantlab.nn import Storage
 from quantlab.numerics import OuterScales, QTensor, Scales, apply_scales, decode_scales, scale_type
+from quantlab.storage import Storage
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 

@@ -20,12 +20,12 @@ from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.writer import CheckpointWriter, weight_bytes
 from quantlab.errors import CheckpointError
 from quantlab.export.base import (
-    CannotHoldError,
     Export,
     ExportedLayer,
     Refusals,
     check_biases,
     copy_digest,
+    encoded_or_rounded,
     fused_sets,
     granularity_of,
     new_folder,
@@ -35,8 +35,8 @@ from quantlab.export.base import (
     write_parts,
 )
 from quantlab.export.compressed_layers import DTYPES, EncodedLayer, encode, reason_against, under_common_scale
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor
+from quantlab.storage import Storage
 
 _REMEDY = (
     "export with --requantize to round such layers again to integers, to another format, or quantize the original with "
@@ -112,21 +112,20 @@ def _check_headers(
 def _encoded(
     name: str, qtensor: QTensor, dtype: torch.dtype, requantize: bool, usual: int | None, activations: str
 ) -> tuple[EncodedLayer, ExportedLayer]:
-    note = ""
-    if qtensor.low_rank is not None and not requantize:
-        qtensor, note = replace(qtensor, low_rank=None), "without its low-rank correction, which is in adapter/"
-    try:
-        if qtensor.low_rank is not None:
-            raise CannotHoldError("it has a low-rank correction")
-        encoded = encode(qtensor, dtype, usual, activations)
-    except CannotHoldError as error:
-        if not requantize:
-            raise CheckpointError(f"{name}: compressed-tensors cannot hold it as it is: {error}; {_REMEDY}") from error
+    def again(qtensor: QTensor) -> EncodedLayer:
         size = granularity_of(Storage.of(qtensor), usual)
         bits = min(max(qtensor.grid.bits, 2), 8)
-        again = rounded_again(qtensor, bits, size, DTYPES.get(dtype, "bfloat16"))
-        encoded = encode(again, dtype, usual, "none" if activations == "none" else "int8")
-        note = f"rounded again: {error}"
+        integers = rounded_again(qtensor, bits, size, DTYPES.get(dtype, "bfloat16"))
+        return encode(integers, dtype, usual, "none" if activations == "none" else "int8")
+
+    encoded, note = encoded_or_rounded(
+        name,
+        qtensor,
+        lambda qtensor: encode(qtensor, dtype, usual, activations),
+        again if requantize else None,
+        "compressed-tensors",
+        _REMEDY,
+    )
     return encoded, ExportedLayer(name, encoded.label, not note, note)
 
 

@@ -221,7 +221,10 @@ class _Plan:
 
 def _reordered(qtensor: QTensor, order: torch.Tensor) -> QTensor:
     """The same weight with its rows in another order."""
-    rows = lambda tensor: tensor[order] if len(tensor) == len(order) else tensor  # noqa: E731
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[order] if len(tensor) == len(order) else tensor  # one scale for all has no order
+
     if qtensor.outer is not None and qtensor.outer.scales.numel() > 1:
         raise CheckpointError("scales of two levels that rows share cannot be reordered; use another scale_dtype")
     zeros = None if qtensor.zeros is None else rows(qtensor.zeros)

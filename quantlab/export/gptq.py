@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from quantlab.export.base import (
     as_words,
     check_biases,
     copy_digest,
+    encoded_or_rounded,
     granularity_of,
     integers_of,
     new_folder,
@@ -39,8 +39,8 @@ from quantlab.export.base import (
     usual_group,
     write_parts,
 )
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor, decode_scales
+from quantlab.storage import Storage
 
 _BITS = (2, 3, 4, 8)
 # Group sizes that the kernels of GPTQModel (7.7) know; -1: a row.
@@ -120,20 +120,19 @@ def _reason_against(storage: Storage) -> str | None:
 def _encoded(
     name: str, qtensor: QTensor, version: int, requantize: bool, usual: int | None
 ) -> tuple[dict[str, torch.Tensor], _Kind, ExportedLayer]:
-    note = ""
-    if qtensor.low_rank is not None and not requantize:
-        qtensor, note = replace(qtensor, low_rank=None), "without its low-rank correction, which is in adapter/"
-    try:
-        if qtensor.low_rank is not None:
-            raise CannotHoldError("it has a low-rank correction")
-        made, kind = encode(qtensor, version)
-    except CannotHoldError as error:
-        if not requantize:
-            raise CheckpointError(f"{name}: GPTQ cannot hold it as it is: {error}; {_REMEDY}") from error
+    def again(qtensor: QTensor) -> tuple[dict[str, torch.Tensor], _Kind]:
         size = granularity_of(Storage.of(qtensor))
         bits = next((bits for bits in _BITS if bits >= qtensor.grid.bits), 8)
-        made, kind = encode(rounded_again(qtensor, bits, "channel" if size == "tensor" else size, "float16"), version)
-        note = f"rounded again: {error}"
+        return encode(rounded_again(qtensor, bits, "channel" if size == "tensor" else size, "float16"), version)
+
+    (made, kind), note = encoded_or_rounded(
+        name,
+        qtensor,
+        lambda qtensor: encode(qtensor, version),
+        again if requantize else None,
+        "GPTQ",
+        _REMEDY,
+    )
     if kind[1] < 0 and qtensor.shape[1] == usual:
         kind = (kind[0], usual, kind[2])
     group = "a row" if kind[1] < 0 else f"group {kind[1]}"

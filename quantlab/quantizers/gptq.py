@@ -26,6 +26,7 @@ from quantlab.quantizers.factor import copy_rows, factorize
 from quantlab.quantizers.rtn import Rtn
 from quantlab.quantizers.target import target_shift
 from quantlab.recipe import Scheme
+from quantlab.registry import is_number
 
 # Weights that are rounded at once, of some outputs: products are efficient, and the copies that are worked on small.
 _CHUNK = 1 << 23
@@ -61,9 +62,9 @@ class Gptq:
     def __post_init__(self) -> None:
         if self.order not in _ORDERS:
             raise RecipeError(f"gptq: order {self.order!r}: use one of {', '.join(_ORDERS)}")
-        if not _is_number(self.damping) or not 0 < self.damping <= 1:
+        if not is_number(self.damping) or not 0 < self.damping <= 1:
             raise RecipeError(f"gptq: damping {self.damping!r}: use a fraction above 0 and at most 1")
-        if not _is_number(self.asym) or not 0 <= self.asym <= 1:
+        if not is_number(self.asym) or not 0 <= self.asym <= 1:
             raise RecipeError(f"gptq: asym {self.asym!r}: use 0 to 1")
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"gptq: block {self.block!r}: use a positive whole number")
@@ -242,10 +243,6 @@ def _round_span(
         if k + 1 < len(current):
             current[k + 1 :].addr_(feedback[k, k + 1 :], error[k])
     return values, error
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def column_order(diagonal: torch.Tensor, order: str, granularity: Granularity) -> torch.Tensor:

@@ -18,6 +18,7 @@ from quantlab.numerics import Grid, QTensor, Scales, apply_scales, group_view
 from quantlab.problem import LayerProblem, Solution, Statistic, require
 from quantlab.quantizers.base import register
 from quantlab.recipe import Scheme
+from quantlab.registry import is_number
 
 
 @register("hqq")
@@ -43,8 +44,7 @@ class Hqq:
     def __post_init__(self) -> None:
         for option, least, most in (("p", 0.0, 1.0), ("beta", 0.0, float("inf")), ("kappa", 1.0, 10.0)):
             value = getattr(self, option)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not least <= value <= most or value == 0 or value == float("inf"):
+            if not is_number(value) or not least <= value <= most or value == 0 or value == float("inf"):
                 raise RecipeError(f"hqq: {option} {value!r}: use a number from {least:g} to {most:g}, above 0")
         if type(self.iterations) is not int or self.iterations < 1:
             raise RecipeError(f"hqq: iterations {self.iterations!r}: use a positive whole number")

@@ -61,13 +61,17 @@ class Recipe:
 
     def scheme(self, layer: str) -> Scheme:
         """The scheme of the layer called ``layer``."""
+        scheme = self.default
+        for pattern in self.patterns_for(layer):
+            scheme = changed(scheme, self.layers[pattern], f"layers[{pattern!r}]")
+        return scheme
+
+    def patterns_for(self, layer: str) -> list[str]:
+        """The patterns that match the layer called ``layer``, in their order."""
         matching = [pattern for pattern in self._wide if matches(pattern, layer)]
         if layer in self._places and layer not in self._wide:
             matching.append(layer)
-        scheme = self.default
-        for pattern in sorted(matching, key=self._places.__getitem__):
-            scheme = changed(scheme, self.layers[pattern], f"layers[{pattern!r}]")
-        return scheme
+        return sorted(matching, key=self._places.__getitem__)
 
     @cached_property
     def _wide(self) -> tuple[str, ...]:

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from quantlab_evals import fingerprint_folder
 
-from quantlab.checkpoint.resolve import resolve
-from quantlab.checkpoint.source import open_source
+from quantlab.checkpoint.resolve import resolve, source_of
 from quantlab.engine import preflight
 from quantlab.engine.architecture import describe
 from quantlab.engine.device import choose_placement
@@ -258,7 +257,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _refused(setup: Setup, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """Records of the rows that do not fit the model: found before an hour is spent on the others."""
-    skeleton = open_source(resolve(setup.model)).skeleton()
+    skeleton = source_of(setup.model).skeleton()
     architecture = describe(skeleton)
     refused = {}
     for candidate, key in jobs:

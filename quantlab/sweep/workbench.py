@@ -23,8 +23,7 @@ from quantlab_evals import PREDICTED, EvalError, SpeedSettings, check_length
 
 from quantlab.benchmark import bench, loading
 from quantlab.checkpoint.baseline import baseline_bits
-from quantlab.checkpoint.resolve import resolve
-from quantlab.checkpoint.source import open_source
+from quantlab.checkpoint.resolve import source_of
 from quantlab.devices import device_called
 from quantlab.engine.calibration import CalibrationData, prepare
 from quantlab.engine.device import choose_placement, enough_memory
@@ -167,7 +166,7 @@ class Workbench:
     def _calibration(self, choice: Calibration) -> CalibrationData:
         """The calibration sequences, drawn once for all variants that have the same."""
         if choice not in self._drawn:
-            source = open_source(resolve(self.setup.model))
+            source = source_of(self.setup.model)
             self._drawn[choice] = prepare(choice, source.tokenizer(), source.config)
         return self._drawn[choice]
 
@@ -244,7 +243,7 @@ class Workbench:
     @cached_property
     def _weights(self) -> int:
         """How many weights the original has; what is tied counts once."""
-        skeleton = open_source(resolve(self.setup.model)).skeleton()
+        skeleton = source_of(self.setup.model).skeleton()
         return sum(parameter.numel() for parameter in skeleton.parameters())
 
 

@@ -10,9 +10,9 @@ from quantlab.engine.architecture import describe
 from quantlab.engine.quantize import RECIPE
 from quantlab.errors import QuantlabError
 from quantlab.export.base import fused_sets
-from quantlab.nn import Storage
 from quantlab.numerics import all_finite, decode_scales, scale_type
 from quantlab.recipe import Recipe, Scheme, load_recipe
+from quantlab.storage import Storage
 
 
 def unsound_tensors(folder: QuantizedFolder) -> list[str]:

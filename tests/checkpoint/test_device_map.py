@@ -8,7 +8,8 @@ from tiny_models import logits, tiny_model, write_quantized
 from transformers import AutoModelForCausalLM
 
 import quantlab
-from quantlab.nn import QuantLinear, unfuse_experts
+from quantlab.experts import unfuse_experts
+from quantlab.nn import QuantLinear
 
 
 @pytest.fixture(params=["llama", "mixtral"])

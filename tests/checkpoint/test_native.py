@@ -14,8 +14,8 @@ from quantlab.checkpoint.native import (
     read_layer,
 )
 from quantlab.errors import CheckpointError
-from quantlab.nn import Storage
 from quantlab.numerics import Grid, LowRank, QTensor, apply_scales, choose_scales, grid
+from quantlab.storage import Storage
 
 
 def qtensor(table: Grid, granularity=8, *, symmetric=True, dtype=torch.bfloat16, low_rank=False) -> QTensor:

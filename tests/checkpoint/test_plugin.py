@@ -19,7 +19,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 from quantlab.checkpoint import plugin
 from quantlab.errors import CheckpointError, QuantlabError
-from quantlab.nn import QuantLinear, unfuse_experts
+from quantlab.experts import unfuse_experts
+from quantlab.nn import QuantLinear
 
 pytestmark = pytest.mark.usefixtures("reference_kernel")
 

@@ -19,7 +19,7 @@ RTN = {"quantizer": "rtn", "scale_search": "absmax", "format": "int4", "granular
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral", "bert"])
 def test_a_folder_of_ours_decodes_to_what_its_layers_compute(name, tmp_path):
-    from quantlab.nn import unfuse_experts
+    from quantlab.experts import unfuse_experts
 
     model = tiny_model(name)
     unfuse_experts(model)
@@ -110,7 +110,7 @@ def test_fp8_in_blocks_is_what_its_scales_say(tmp_path):
 
 def test_mxfp4_experts_are_what_their_scales_say(tmp_path):
     """As gpt-oss is published: two codes a byte, 32 to a scale, which is a power of two."""
-    from quantlab.nn import unfuse_experts
+    from quantlab.experts import unfuse_experts
 
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([magnitudes, -magnitudes])

@@ -13,7 +13,7 @@ from transformers import AutoModel, LlamaConfig, LlamaModel, MixtralForCausalLM,
 
 from quantlab.checkpoint.source import ModuleSource, open_source, parameter_bytes, unload
 from quantlab.errors import CheckpointError
-from quantlab.nn import UnfusedExperts, unfuse_experts
+from quantlab.experts import UnfusedExperts, unfuse_experts
 
 
 def reference(name, folder, **options):

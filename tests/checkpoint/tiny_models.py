@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantlab.checkpoint.native import layer_tensors, quantization_config
 from quantlab.checkpoint.writer import CheckpointWriter, shard_name
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor, apply_scales, choose_scales, grid
+from quantlab.storage import Storage
 
 _SIZES = {
     "hidden_size": 64,

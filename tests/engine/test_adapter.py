@@ -71,7 +71,7 @@ def test_a_model_without_corrections_is_refused(original, run, tmp_path):
         quantlab.save_adapter(result.folder, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="exists already"):
         quantlab.save_adapter(result.folder, result.folder)
-    with pytest.raises(CheckpointError, match="not 'quantlab'"):
+    with pytest.raises(CheckpointError, match="is not quantized"):
         quantlab.save_adapter(original("llama"), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

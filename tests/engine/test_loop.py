@@ -18,10 +18,10 @@ from quantlab.engine.progress import Start
 from quantlab.engine.report import LayerReport
 from quantlab.engine.statistics import InputAccumulator
 from quantlab.errors import QuantlabError
-from quantlab.nn import Storage
 from quantlab.numerics import QTensor
 from quantlab.problem import InputStatistics, LayerProblem, Statistic
 from quantlab.recipe import load_recipe
+from quantlab.storage import Storage
 
 # In the order of the forward pass.
 GROUPS = [

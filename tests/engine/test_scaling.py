@@ -11,7 +11,7 @@ from quantlab.checkpoint.source import ModuleSource
 from quantlab.engine.architecture import describe
 from quantlab.engine.forward import Call, Forward, watched
 from quantlab.engine.scaling import ScalePair, find_pairs, fold
-from quantlab.nn import UnfusedExperts
+from quantlab.experts import UnfusedExperts
 
 TOKENS = torch.randint(3, 96, (1, 32), generator=torch.Generator().manual_seed(0))
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -9,8 +9,9 @@ import torch
 
 from quantlab.checkpoint.native import layer_tensors, read_layer
 from quantlab.errors import RecipeError
-from quantlab.nn import QuantLinear, Storage, packed_tensors, unpacked
+from quantlab.nn import QuantLinear
 from quantlab.numerics import Grid, QTensor, Sample, apply_scales, choose_scales, format_called, grid
+from quantlab.storage import Storage, packed_tensors, unpacked
 
 FORMATS = [
     *(f"int{bits}" for bits in range(2, 9)),

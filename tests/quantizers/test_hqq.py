@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from synthetic import array, inputs, problem, statistics, weights
 
 from quantlab.errors import RecipeError
-from quantlab.nn import QuantLinear, Storage
+from quantlab.nn import QuantLinear
 from quantlab.numerics import QTensor, choose_scales, decode_scales, grid, group_view
 from quantlab.problem import Statistic
 from quantlab.quantizers.hqq import Hqq
 from quantlab.quantizers.rtn import Rtn
 from quantlab.recipe import Scheme
+from quantlab.storage import Storage
 
 HOW = {"symmetric": False, "scale_search": "absmax", "quantizer": "hqq"}
 W = weights(32, 128)

@@ -85,7 +85,6 @@ CONDITIONAL = {  # allowed for some arguments
     "fcntl": (72, 25),
 }  # fmt: skip
 CAPSET = (126, 91)
-CLONE3 = 435
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -1,73 +1,19 @@
-"""The command, as a person or a program meets it: exit codes, what it prints where, files left behind."""
+"""The commands that quantize and evaluate: exit codes, what they print where, files left behind."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
-import torch
 import yaml
-from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from processes import QUICK, TEXT, run_process
 
-from quantlab.cli import main
 from quantlab.engine.journal import Journal
-
-TEXT = "\n".join(
-    f"The {adjective} {noun} {verb} over line {number}, and nobody knows why."
-    for number, (adjective, noun, verb) in enumerate(
-        [("quick", "fox", "jumps"), ("lazy", "dog", "sleeps"), ("small", "model", "predicts")] * 60
-    )
-)
-QUICK = ["--samples", "4", "--length", "32"]
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with a tiny random model `model`, and a text `text.txt`."""
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "text.txt").write_text(TEXT)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXT.splitlines(), vocab_size=384, special_tokens=["<s>", "</s>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    return folder
-
-
-def run_process(*arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "quantlab.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="session")
-def quantized(place):
-    """What `quantize --json` said; the result is in `w4`."""
-    done = run_process("quantize", "model", "--out", "w4", "--calibration", "text.txt", *QUICK, "--json", cwd=place)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="session")
@@ -76,21 +22,6 @@ def evaluated(place, quantized):
     done = run_process(*arguments, "--windows", "8", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
-
-
-@pytest.fixture
-def call(place, monkeypatch, capfd):
-    """Run a command in this process, in `place`: exit code, standard output, standard error."""
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        return (ended.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 def test_quantize_says_one_document_and_its_progress_elsewhere(quantized, place):
@@ -244,6 +175,8 @@ def test_quantize_for_a_person(call, place):
         (["compare", "model", "--grid", "formats=int4", "--layers", "*.down"], "matches no linear layer"),
         (["compare", "model", "--grid", "formats=int4", "--all", "--blocks", "1"], "give one of them"),
         (["compare", "model", "--grid", "formats=int4", "--plot", "new.svg"], "a name that ends in .html"),
+        (["export", "model", "--to", "gptq", "--out", "new", "--set", "version=[2"], "is not valid YAML"),
+        (["export", "model", "--to", "gptq", "--out", "new", "--set", "version"], "expected KEY=VALUE"),
         (["recipes", "w5"], "ready are: "),
         (["recipe"], "No such command"),
     ],
@@ -328,177 +261,6 @@ def test_ctrl_c_ends_a_real_process(place):
     assert out == ""
     assert "run the same command again" in err
     assert "Traceback" not in err
-
-
-def test_export_and_verify(call, quantized, place):
-    pytest.importorskip("compressed_tensors")
-    code, out, err = call("export", "w4", "--to", "compressed-tensors", "--out", "ct", "--json")
-    assert (code, err) == (0, "")
-    document = json.loads(out)
-    assert document["exact"]
-    assert len(document["layers"]) == 14
-    code, out, err = call("export", "w4", "--to", "gguf", "--out", "w4.gguf")
-    assert code == 0
-    assert "14 layers: Q4_0" in out
-    assert "every layer decodes to the same weight" in out
-    code, out, err = call("verify", "ct")
-    assert (code, err) == (0, "")
-    assert "ok    its predictions are those of the codes" in out
-    shutil.copytree(place / "w4", place / "broken")
-    recipe = (place / "broken" / "recipe.yaml").read_text()
-    (place / "broken" / "recipe.yaml").write_text(recipe.replace("int4", "int3"))
-    code, out, err = call("verify", "broken")
-    assert code == 2
-    assert "layers are what the recipe says" in err
-    assert "bits 4, where the recipe says 3" in err
-
-
-def test_inspect_says_what_the_files_hold(call, quantized, place):
-    code, out, err = call("inspect", "w4", "--json")
-    assert (code, err) == (0, "")
-    document = json.loads(out)
-    totals = document["totals"]
-    assert totals["bytes_quantized"] == sum(layer["bytes"] for layer in document["layers"])
-    index = json.loads((place / "w4" / "model.safetensors.index.json").read_text())
-    assert totals["bytes_quantized"] + totals["bytes_kept"] == index["metadata"]["total_size"]
-    files = sum(file.stat().st_size for file in (place / "w4").glob("*.safetensors"))
-    assert totals["bytes_on_disk"] == files == json.loads(quantized.stdout)["bytes"]
-    assert totals["bits"] == pytest.approx(json.loads(quantized.stdout)["bits"])
-
-    code, out, _ = call("inspect", "w4")
-    assert code == 0
-    assert len([line for line in out.splitlines() if line.startswith("model.layers.") and "int4/64" in line]) == 14
-    code, out, _ = call("inspect", "w4", "--set", "sort=error", "--set", "limit=2")
-    assert "and 12 more layers" in out
-    code, out, _ = call("inspect", "w4", "--fold")
-    assert re.search(r"model\.layers\.\*\.mlp\.down_proj +2 +int4/64", out)
-
-
-def test_a_pipe_that_nobody_reads_is_no_error(quantized, place):
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "quantlab.cli", "inspect", "w4"]
-    done = subprocess.run(command, cwd=place, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_compare_says_one_document_and_its_progress_elsewhere(place):
-    grid = "formats=int4,int3 quantizers=rtn,gptq groups=32,channel,48"
-    arguments = ["--calibration", "text.txt", *QUICK, "--blocks", "1", "--plot", "plot.html", "--json"]
-    done = run_process("compare", "model", "--grid", grid, *arguments, cwd=place)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert [entry["variant"] for entry in document["variants"]][:3] == [
-        "int4/32 rtn",
-        "int4/channel rtn",
-        "int4/32 gptq",
-    ]
-    assert len(document["variants"]) == 8
-    assert {entry["scheme"]["granularity"] for entry in document["skipped"]} == {48}
-    assert all(len(entry["layers"]) == 7 for entry in document["variants"])
-    assert "7 layers in 2 blocks, each quantized in 8 ways" in done.stderr
-    assert "Traceback" not in done.stderr
-    page = (place / "plot.html").read_text()
-    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
-    assert [entry["name"] for entry in data["variants"]] == [entry["variant"] for entry in document["variants"]]
-    assert {measure["name"] for measure in data["measures"]} >= {"bits", "output_error", "weight_error"}
-    assert len(data["failed"]) == 4
-    assert not re.search("<(script|link)[^>]*http", page), "it needs no network"
-
-
-def test_compare_for_a_person(call):
-    code, out, _ = call("compare", "model", "--grid", "formats=int4,int3 search=absmax,mse", "--layers", "*.o_proj")
-    assert code == 0
-    lines = out.splitlines()
-    rows = [re.split(r" {2,}", line.removeprefix("*").strip()) for line in lines if " rtn " in line]
-    assert [row[0] for row in rows] == [
-        "int3/64 rtn mse",
-        "int3/64 rtn absmax",
-        "int4/64 rtn mse",
-        "int4/64 rtn absmax",
-    ]
-    assert [line.startswith("*") for line in lines if " rtn " in line] == [True, False, True, False]
-    assert "2 layers that match *.o_proj" in out
-    assert "--outputs" in out, "no method needed inputs"
-    assert "output error" not in out
-
-
-def test_recipes(call):
-    code, out, _ = call("recipes")
-    assert code == 0
-    assert "w4-gptq" in out
-    listed = json.loads(call("recipes", "--json")[1])["recipes"]
-    files = {file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml")}
-    assert {entry["name"] for entry in listed} == files
-    assert all(entry["description"] for entry in listed)
-    text = call("recipes", "w4-gptq")[1]
-    assert text.startswith("# ")
-    assert yaml.safe_load(text)["quantizer"] == "gptq"
-    changed = call("recipes", "w4-gptq", "--set", "format=int3", "--set", "calibration.samples=8")[1]
-    assert yaml.safe_load(changed)["format"] == "int3"
-    assert yaml.safe_load(changed)["calibration"]["samples"] == 8
-
-
-def test_formats(call, tmp_path):
-    code, out, _ = call("formats", "--plot", str(tmp_path / "new" / "formats.svg"))
-    assert code == 0
-    assert "e3m2" in out
-    listed = json.loads(call("formats", "--json")[1])["formats"]
-    by_name = {entry["name"]: entry for entry in listed}
-    assert by_name["e3m2"]["highest"] == 28
-    assert by_name["e2m1"]["bits_per_weight"]["16, e4m3"] == pytest.approx(4.5, abs=0.01)
-    picture = ElementTree.fromstring((tmp_path / "new" / "formats.svg").read_text(encoding="utf-8"))
-    texts = {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
-    assert set(by_name) <= texts
-    ticks = [path.get("d").count("M") for path in picture.iter("{http://www.w3.org/2000/svg}path")]
-    assert ticks == [len(entry["values"]) for entry in listed]
-
-
-def test_the_picture_of_the_docs_is_what_the_command_draws(call, tmp_path):
-    call("formats", "--plot", str(tmp_path / "formats.svg"))
-    committed = Path(__file__).parents[1] / "docs" / "formats.svg"
-    drawn = (tmp_path / "formats.svg").read_text(encoding="utf-8")
-    # Where numbers are fitted the last digits may differ from one machine to the next.
-    assert re.sub(r"\d+\.\d+", "", drawn) == re.sub(r"\d+\.\d+", "", committed.read_text(encoding="utf-8"))
-
-
-def test_version(call):
-    code, out, _ = call("--version")
-    assert code == 0
-    assert re.match(r"quantlab \d+\.\d+\.\d+ \(torch ", out)
-
-
-def test_help_shows_examples_that_work(call, quantized, place):
-    """The demo model stands for any: here the tiny one takes its place."""
-    shown = []
-    for command in ([], ["quantize"], ["eval"], ["eval-generation"], ["inspect"], ["compare"], ["recipes"]):
-        code, out, _ = call(*command, "--help")
-        assert code == 0
-        lines = out.partition("Example")[2].splitlines()
-        shown += [line.strip() for line in lines if line.strip().startswith("quantlab ")]
-    assert len(shown) == 15
-    (place / "demo-w4").symlink_to(place / "w4")
-    for number, line in enumerate(shown):
-        words = shlex.split(line.partition(">")[0])[1:]
-        if words[:1] == ["quantize"]:
-            words[words.index("--out") + 1] = f"example-{number}"
-        words = ["model" if word == "demo" else word for word in words]
-        code, _, err = call(*words)
-        assert code == 0, (line, err)
-
-
-def test_help_and_recipes_do_not_import_torch(place):
-    """Importing torch and transformers takes seconds; asking how a command is called must not."""
-    watched = "import sys; from quantlab.cli.app import app; app(['{}'], standalone_mode=False)"
-    for command in ("--help", "recipes"):
-        done = subprocess.run(
-            [sys.executable, "-c", watched.format(command) + "; print('torch' in sys.modules)"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.splitlines()[-1] == "False", command
 
 
 def test_eval_code_runs_nothing_unless_told_to(call, place):

@@ -20,8 +20,10 @@ from quantlab_evals import (
     SpeedSettings,
     Timing,
     describe_machine,
+    machine,
     measure_speed,
 )
+from quantlab_evals import layers as timed_layers
 from quantlab_kernels import force
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,8 +146,10 @@ def test_what_cannot_be_measured_is_refused(place, tmp_path):
         bench([place / "model"], settings=SpeedSettings(prompt_tokens=60, new_tokens=10, compiled=False))
 
 
-def test_on_a_device(place):
+def test_on_a_device(place, monkeypatch):
     """Everything is computed there, and what was measured says so."""
+    monkeypatch.setattr(machine, "_STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(timed_layers, "_FLUSH_BYTES_ELSEWHERE", 1 << 20)
     with PretendDevice() as device:
         found = bench([place / "w4"], against=place / "model", settings=QUICK, memory=False, device=NAME)
         assert device.held() == 0

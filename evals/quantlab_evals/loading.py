@@ -120,6 +120,7 @@ def measure(load: str, model: str, options: dict[str, Any], threads: int | None,
 
     from .decoder import GreedyDecoder
     from .logits import input_device
+    from .machine import wait_for
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -130,6 +131,7 @@ def measure(load: str, model: str, options: dict[str, Any], threads: int | None,
     started, cpu = time.perf_counter(), time.process_time()
     with _watched(baseline) as loaded:
         subject = loader(model, **options)
+        wait_for(input_device(subject))
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     with _watched(baseline) as running:
         vocabulary = subject.config.get_text_config().vocab_size

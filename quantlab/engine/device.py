@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from quantlab.errors import PreflightError, QuantlabError
@@ -81,7 +82,7 @@ class Placement:
     def loading(self) -> dict[str, Any]:
         """Arguments for :func:`quantlab.load`."""
         if self.spread:
-            return {"device_map": AUTO}
+            return {"device_map": AUTO, "max_memory": _rooms()}
         return {} if self.device.type == "cpu" else {"device_map": {"": self.device}}
 
     def refuse_too_large(self, size: int) -> None:
@@ -145,6 +146,16 @@ def enough_memory(remedy: str = MEASURING) -> Iterator[None]:
         raise QuantlabError(
             f"the device has no memory left ({' '.join(str(error).split())[:200]}); {remedy}"
         ) from error
+
+
+def _rooms() -> dict[int | str, int]:
+    """Bytes of weights that each GPU takes, by number, and memory: accelerate would leave nothing for activations."""
+    rooms: dict[int | str, int] = {"cpu": int(_USABLE * psutil.virtual_memory().available)}
+    for number in range(torch.cuda.device_count()):
+        room = free_bytes(torch.device("cuda", number))
+        assert room is not None  # of a GPU of CUDA it is known
+        rooms[number] = room
+    return rooms
 
 
 def free_bytes(device: torch.device) -> int | None:

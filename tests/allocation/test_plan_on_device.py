@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pretend_device import NAME, PretendDevice
+from quantlab_evals import layers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantlab.allocation import task
@@ -55,8 +56,9 @@ def test_the_same_losses(sensitivity, options, prepare):
     assert not any("measured on" in note for note in expected.notes)
 
 
-def test_a_plan_that_is_measured_and_one_of_milliseconds(prepare, plan, tokens, folder):
+def test_a_plan_that_is_measured_and_one_of_milliseconds(prepare, plan, tokens, folder, monkeypatch):
     """Planned, quantized and evaluated there; kernels are timed there, too."""
+    monkeypatch.setattr(layers, "_FLUSH_BYTES_ELSEWHERE", 1 << 20)
     settings = {"recipe": {"granularity": 32}, "candidates": "formats=int2,int4", "calibration": tokens[:4]}
     with PretendDevice() as device:
         found = plan(3.0, model=folder, device=NAME, **settings)

@@ -20,7 +20,7 @@ import quantlab
 from quantlab.engine import device as devices
 from quantlab.engine.device import Placement, choose_placement
 from quantlab.errors import PreflightError, QuantlabError
-from quantlab.evaluation import benchmarks, evaluate, evaluate_code, evaluate_summaries, evaluate_variants
+from quantlab.evaluation import benchmarks, evaluate, evaluate_code, evaluate_summaries, evaluate_variants, subject
 from quantlab.evaluation import generation_sweep as sweep
 from quantlab.evaluation.subject import Subject
 
@@ -195,17 +195,20 @@ class TestPlacement:
             assert choose_placement("auto") == Placement(torch.device("cpu"))
         monkeypatch.setattr(devices, "choose_device", lambda _: torch.device(NAME))
         assert choose_placement("auto") == Placement(torch.device(NAME), spread=True)
-        assert choose_placement("auto").loading == {"device_map": "auto"}
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(devices, "free_bytes", lambda device: 10 + device.index)
+        rooms = choose_placement("auto").loading["max_memory"]
+        assert rooms.pop("cpu") > 10**6
+        assert rooms == {0: 10, 1: 11}
         assert choose_placement(NAME).loading == {"device_map": {"": torch.device(NAME)}}
 
     def test_spread_with_parts_on_disk(self, models, monkeypatch, tmp_path):
         """As accelerate places what a device has no room for: it comes when it is called."""
         expected = evaluate(models["w4"], models["text"], **SETTINGS)
-        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-        monkeypatch.setattr(Placement, "loading", {"device_map": places})
+        monkeypatch.setattr(subject, "choose_placement", lambda _: Placement(torch.device("cpu"), spread=True))
+        monkeypatch.setattr(devices, "_rooms", lambda: {"cpu": 60_000})
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-        found = evaluate(models["w4"], models["text"], device="cpu", **SETTINGS)
+        found = evaluate(models["w4"], models["text"], device="auto", **SETTINGS)
         assert found.perplexity.settings["device"] == "cpu, disk"
         assert dataclasses.replace(found.perplexity, settings=expected.perplexity.settings) == expected.perplexity
         gc.collect()

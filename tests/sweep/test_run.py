@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from pretend_device import NAME, PretendDevice
-from quantlab_evals import LoadCost, SpeedSettings
+from quantlab_evals import LoadCost, SpeedSettings, machine
 from quantlab_evals.loading import Memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,24 +69,26 @@ def test_a_record_says_what_doing_it_by_hand_says(swept, place, space, tmp_path)
     assert measures["model_bits"] == pytest.approx(8 * looked.bytes_on_disk / looked.weights)
 
 
-def test_on_a_device(swept, place, space, setup, tmp_path, reference_kernel, monkeypatch):
+def test_on_a_device(place, space, setup, tmp_path, reference_kernel, monkeypatch):
     """Quantized, evaluated and timed there, with the CPU's figures; and it is another sweep than one on the CPU."""
+    monkeypatch.setattr(machine, "_STREAM_BYTES", 1 << 20)
     monkeypatch.setattr(workbench, "loading", lambda *_, **__: load_cost_of(0.5, on_device=7_000_000))
     speed = SpeedSettings(prompt_tokens=4, new_tokens=2, rounds=1, compiled=False)
     there = {**space, "baselines": [], "grids": [{**space["grids"][0], "bits": [3], "quantizers": ["gptq"]}]}
-    with PretendDevice() as device, sdpa_kernel(SDPBackend.MATH):
-        found = sweep(place / "model", there, tmp_path / "out", setup=replace(setup, device=NAME, speed=speed))
-        assert device.held() == 0
+    with sdpa_kernel(SDPBackend.MATH):
+        on_cpu = sweep(place / "model", there, tmp_path / "on-cpu", setup=setup)
+        with PretendDevice() as device:
+            found = sweep(place / "model", there, tmp_path / "out", setup=replace(setup, device=NAME, speed=speed))
+            assert device.held() == 0
     assert not found.failed
     assert device.work > 64 * 64
     assert device.work_on_cpu == 0
     assert found.about["measurement"]["device"] == "lazy"
-    assert "device" not in swept.about["measurement"]
-    expected = {record["variant"]: record["measures"] for record in swept.records}
-    for record in found.records:
+    assert "device" not in on_cpu.about["measurement"]
+    for record, expected in zip(found.records, on_cpu.records, strict=True):
         assert {record["device"], record["speed"]["device"], record["evaluation"]["settings"]["device"]} == {"lazy"}
         assert record["measures"]["memory"] == 7
-        theirs = {name: value for name, value in expected[record["variant"]].items() if name in FIGURES}
+        theirs = {name: value for name, value in expected["measures"].items() if name in FIGURES}
         assert {name: record["measures"].get(name) for name in theirs} == pytest.approx(theirs, rel=1e-4)
     with pytest.raises(PreflightError, match=r"other settings .*device"):
         sweep(place / "model", there, tmp_path / "out", setup=replace(setup, speed=speed))

@@ -9,6 +9,7 @@ import pytest
 import quantlab_kernels
 import torch
 import transformers
+from quantlab_kernels import quantizing
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -45,6 +46,12 @@ def in_process(monkeypatch):
             return {"error": str(error)}
 
     monkeypatch.setattr(loader, "answer", answer)
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """Weights are made by torch's own operations, as on other devices: for tests that compare one to the bit."""
+    monkeypatch.setattr(quantizing, "_has_kernel", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ def compare(model, tokens):
     return run
 
 
+@pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize("grid", ["formats=int4,nf4 quantizers=rtn,gptq", "formats=int4 compensation=none,lorc:4"])
 def test_on_a_device(compare, grid):
     """The same figures, all computed there; and nothing is left."""

@@ -11,6 +11,7 @@ import torch
 
 from quantlab.compensation import Compensation, make_compensation
 from quantlab.engine.distributed import ALONE, Ranks
+from quantlab.engine.memory import return_freed_memory
 from quantlab.engine.report import LayerReport
 from quantlab.errors import CheckpointError, RecipeError
 from quantlab.numerics import QTensor, all_finite, scale_type
@@ -229,22 +230,41 @@ def _row_errors(
     losses, energies = torch.empty(2, len(weight), device=weight.device)
     known = statistics if statistics is not None and statistics.tokens else InputStatistics(0)
     moment, diagonal = known.second_moment, known.diagonal
-    if moment is None and target is weight and (found := solution.qtensor.row_errors(weight, diagonal)):
-        return *found, "weight" if diagonal is None else "weighted"
-    # The whole error would be as large as the weight; a product with the moment wants many rows at once.
-    for rows, decoded in solution.qtensor.decoded_rows(None if moment is None else _ROWS):
-        error, own = target[rows] - decoded, weight[rows].float()
-        if moment is None:
-            squares = error.square_(), own.square()
-            weighted = squares if diagonal is None else [each.mul_(diagonal) for each in squares]
-            losses[rows], energies[rows] = (each.sum(1) for each in weighted)
-            continue
-        energies[rows] = ((own @ moment) * own).sum(1)
-        if solution.loss is None:
-            losses[rows] = ((error @ moment) * error).sum(1)
-            if solution.bias is not None and known.mean is not None:
-                bias = solution.bias[rows]
-                losses[rows] += bias * (bias - 2 * (error @ known.mean))
     if moment is not None:
-        return losses if solution.loss is None else solution.loss, energies, "output"
+        return *_output_errors(weight, target, moment, solution, known.mean), "output"
+    if target is weight and (found := solution.qtensor.row_errors(weight, diagonal)):
+        return *found, "weight" if diagonal is None else "weighted"
+    # The whole error would be as large as the weight.
+    for rows, decoded in solution.qtensor.decoded_rows():
+        squares = (target[rows] - decoded).square_(), weight[rows].float().square()
+        weighted = squares if diagonal is None else [each.mul_(diagonal) for each in squares]
+        losses[rows], energies[rows] = (each.sum(1) for each in weighted)
     return losses, energies, "weight" if diagonal is None else "weighted"
+
+
+def _output_errors(
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    moment: torch.Tensor,
+    solution: Solution,
+    mean: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error and energy of each output over the inputs; what the method knows already is not computed again.
+
+    A product with the moment wants many rows at once. Beside a wide moment they are what a run's peak is made of.
+    """
+    return_freed_memory()  # what the method left behind: holes that these products do not fit into
+    losses, energies = torch.empty(2, len(weight), device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        own = weight[rows].float()
+        energies[rows] = (own @ moment).mul_(own).sum(1)
+    if solution.loss is not None:
+        return solution.loss, energies
+    for rows, decoded in solution.qtensor.decoded_rows(_ROWS):
+        error = torch.sub(target[rows], decoded, out=decoded)
+        losses[rows] = (error @ moment).mul_(error).sum(1)
+        if solution.bias is not None and mean is not None:
+            bias = solution.bias[rows]
+            losses[rows] += bias * (bias - 2 * (error @ mean))
+    return losses, energies

@@ -19,7 +19,7 @@ FACTORS = [0.8, 1.0, 1.25, -0.8, -1.0]
 
 
 @pytest.fixture
-def in_torch(monkeypatch):
+def call_in_torch(monkeypatch):
     """Call something without the compiled kernels."""
 
     def call(function, *arguments, **more):
@@ -152,18 +152,18 @@ def test_going_on_from_the_best_makes_nothing_worse(weight, table):
 @pytest.mark.parametrize("table", GRIDS, ids=lambda table: table.name)
 @pytest.mark.parametrize("granularity", [16, 40, "channel", "tensor"])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_scales_and_codes_are_those_of_torch(in_torch, table, granularity, weighted):
+def test_scales_and_codes_are_those_of_torch(call_in_torch, table, granularity, weighted):
     weight = weight_of(12, 1, 80, torch.float32, 3).flatten(1)
     importance = torch.rand(80) + 0.1 if weighted else None
     plain = choose_scales(weight, table, granularity, search=False)
-    expected = in_torch(choose_scales, weight, table, granularity, search=False)
+    expected = call_in_torch(choose_scales, weight, table, granularity, search=False)
     assert torch.equal(plain.scales, expected.scales)
-    assert torch.equal(apply_scales(weight, table, plain), in_torch(apply_scales, weight, table, plain))
+    assert torch.equal(apply_scales(weight, table, plain), call_in_torch(apply_scales, weight, table, plain))
     searched = choose_scales(weight, table, granularity, importance=importance)
-    expected = in_torch(choose_scales, weight, table, granularity, importance=importance)
+    expected = call_in_torch(choose_scales, weight, table, granularity, importance=importance)
 
     def errors(scales: Scales) -> torch.Tensor:
-        codes = in_torch(apply_scales, weight, table, scales)
+        codes = call_in_torch(apply_scales, weight, table, scales)
         decoded = table.values[codes.long()].view(12, scales.scales.shape[1], -1) * scales.scales.unsqueeze(-1)
         off = (decoded.flatten(1) - weight).double().square()
         return off if importance is None else off * importance
@@ -174,11 +174,11 @@ def test_scales_and_codes_are_those_of_torch(in_torch, table, granularity, weigh
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_weight_as_stored_is_quantized_as_its_float32_copy(in_torch, dtype):
+def test_a_weight_as_stored_is_quantized_as_its_float32_copy(call_in_torch, dtype):
     weight = weight_of(9, 4, 48, dtype, 4).flatten(1)
     for table in (grid("int4"), grid("nf4")):
         for search in (False, True):
-            for call in (lambda function, *given, **more: function(*given, **more), in_torch):
+            for call in (lambda function, *given, **more: function(*given, **more), call_in_torch):
                 as_stored = call(choose_scales, weight, table, 48, search=search)
                 copied = call(choose_scales, weight.float(), table, 48, search=search)
                 assert torch.equal(as_stored.scales, copied.scales)
@@ -210,11 +210,11 @@ def test_the_result_does_not_depend_on_threads():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 64, 131])
-def test_packs_as_torch_does(in_torch, bits, columns):
+def test_packs_as_torch_does(call_in_torch, bits, columns):
     from quantlab_kernels import pack
 
     codes = torch.randint(0, 1 << bits, (5, columns), dtype=torch.uint8)
-    assert torch.equal(pack(codes, bits), in_torch(pack, codes, bits))
+    assert torch.equal(pack(codes, bits), call_in_torch(pack, codes, bits))
 
 
 def test_rows_of_a_view_are_read_where_they_are():

@@ -13,6 +13,8 @@ from quantlab.latency import HERE
 from quantlab.plan_check import Check
 from quantlab.planning import prepare_planning
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 ROOFLINE = "mine(tflops=1,bandwidth=1,memory=16)"
 
 

@@ -28,6 +28,8 @@ from quantlab.engine.solve import plan_layer, solve
 from quantlab.errors import PreflightError, QuantlabError
 from quantlab.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 ASYM = {"options": {"asym": 1.0}}
 AWQ = {"transforms": {"awq": {"steps": 4, "tokens": 128}}}
 CASES = [

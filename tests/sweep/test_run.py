@@ -69,6 +69,7 @@ def test_a_record_says_what_doing_it_by_hand_says(swept, place, space, tmp_path)
     assert measures["model_bits"] == pytest.approx(8 * looked.bytes_on_disk / looked.weights)
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_on_a_device(place, space, setup, tmp_path, reference_kernel, monkeypatch):
     """Quantized, evaluated and timed there, with the CPU's figures; and it is another sweep than one on the CPU."""
     monkeypatch.setattr(machine, "_STREAM_BYTES", 1 << 20)

@@ -74,6 +74,6 @@ def test_the_check_comes_last(folder, monkeypatch):
     monkeypatch.setattr(device_module, "choose_device", lambda _: torch.device("meta"))
     monkeypatch.setattr(device_module, "_said", lambda *_, **__: {"missing": "a driver"})
     done = verify(folder, device="cuda")
+    assert done.passed
     assert done.checks[-1].detail == "not tried: a driver"
     assert json.loads((folder / DIGEST).read_text())["prompts"]
-    assert len(verify(folder).checks) == len(done.checks), "one less, and one of the digest that lies there now"

@@ -80,7 +80,6 @@ def test_the_check_comes_last(folder, monkeypatch):
 
     monkeypatch.setattr(loader, "answer", answer)
     done = verify(folder, device="cuda")
+    assert done.passed
     assert done.checks[-1].detail == "not tried: a driver"
     assert json.loads((folder / DIGEST).read_text())["prompts"]
-    monkeypatch.undo()
-    assert len(verify(folder).checks) == len(done.checks), "one less, and one of the digest that lies there now"

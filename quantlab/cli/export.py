@@ -1,4 +1,4 @@
-"""`quantlab export`: a quantized model in another tool's format."""
+"""`quantlab export` and `export-adapter`: a quantized model, or its corrections, in another tool's format."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = (
     "  quantlab export demo-w4 --to gptq --out demo-gptq --set version=2\n\n"
     "Codes are kept where the format has them; where it does not, the layer is named with the reason."
 )
+ADAPTER_EXAMPLES = "Example:\n\n  quantlab export-adapter demo-w4-lorc demo-adapter"
 
 
 def export(
@@ -42,6 +43,23 @@ def export(
 
         done = run(folder, to, out, requantize=requantize, settings=chosen)
         output.answer(done.to_dict(), *_shown(done))
+
+
+def export_adapter(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `quantlab quantize` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist yet.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What the adapter is for: a name or folder for its config.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the low-rank corrections of a quantized model as a PEFT adapter, for the same codes elsewhere."""
+    with Output(as_json) as output:
+        prepare(None, quiet=True)
+        from quantlab.checkpoint.adapter import save_adapter
+
+        save_adapter(folder, out, base)
+        output.answer({"folder": folder, "adapter": out}, f"adapter written to {out}")
 
 
 def _shown(done: Any) -> list[str]:

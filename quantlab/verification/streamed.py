@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from quantlab.checkpoint.placement import assign, selected, unload
 from quantlab.checkpoint.quantized import QuantizedFolder
 from quantlab.checkpoint.source import ModelSource
+from quantlab.engine.hooks import hooked
 from quantlab.engine.rounded_inputs import inputs_rounded
 
 SHAKE = 2.0**-18
@@ -64,7 +66,6 @@ def original_logits(source: ModelSource, prompts: Sequence[Sequence[int]], *, sh
 
 @torch.no_grad()
 def _streamed(model: nn.Module, load: _Load, prompts: Sequence[Sequence[int]], shaken: bool) -> torch.Tensor:
-    handles: list[Any] = []
     generator = torch.Generator().manual_seed(0)
 
     def shake(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -76,20 +77,19 @@ def _streamed(model: nn.Module, load: _Load, prompts: Sequence[Sequence[int]], s
         moved[-1] *= 1 + SHAKE * torch.empty_like(x[-1]).uniform_(-1, 1, generator=generator)
         return (moved, *inputs[1:])
 
-    for path, module in model.named_modules():
-        own = {f"{path}.{leaf}".lstrip(".") for leaf in _stored(module)}
-        if own:
-            handles.append(module.register_forward_pre_hook(lambda _, __, own=own: load(model, own)))
-            handles.append(module.register_forward_hook(lambda _, __, ___, own=own: unload(model, own.__contains__)))
-            if shaken:
-                handles.append(module.register_forward_pre_hook(shake))
-    try:
+    def handles() -> Iterator[RemovableHandle]:
+        for path, module in model.named_modules():
+            own = {f"{path}.{leaf}".lstrip(".") for leaf in _stored(module)}
+            if own:
+                yield module.register_forward_pre_hook(lambda _, __, own=own: load(model, own))
+                yield module.register_forward_hook(lambda _, __, ___, own=own: unload(model, own.__contains__))
+                if shaken:
+                    yield module.register_forward_pre_hook(shake)
+
+    with hooked(handles()):
         done = model(input_ids=torch.tensor(prompts))
-        # A bare model has no logits: its last hidden state serves as well to compare two ways to run it.
-        return (done.logits if "logits" in done else done[0]).float()
-    finally:
-        for handle in handles:
-            handle.remove()
+    # A bare model has no logits: its last hidden state serves as well to compare two ways to run it.
+    return (done.logits if "logits" in done else done[0]).float()
 
 
 def _stored(module: nn.Module) -> list[str]:

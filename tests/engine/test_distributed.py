@@ -102,13 +102,20 @@ def together(request, original, tmp_path_factory) -> Path:
 
 
 def agree(ours: Path, single: Path) -> None:
-    """Sums in another order: now and then a weight lies between two codes, and nothing is further off than before."""
+    """Sums in another order: now and then a weight lies between two codes, and nothing is further off than before.
+
+    One that falls to the other side moves what the layer behind is given, and of an expert with a few dozen tokens that
+    moves more: a tensor may differ in some places, the model as a whole hardly.
+    """
+    same = []
     for file in sorted(single.glob("*.safetensors")):
         expected, actual = load_file(file), load_file(ours / file.name)
         assert list(actual) == list(expected)
         for name, tensor in expected.items():
-            close = torch.isclose(actual[name].float(), tensor.float(), rtol=1e-2, atol=1e-4)
-            assert close.float().mean() > 0.95, name
+            close = torch.isclose(actual[name].float(), tensor.float(), rtol=1e-2, atol=1e-4).flatten()
+            assert close.float().mean() > 0.9, name
+            same.append(close)
+    assert torch.cat(same).float().mean() > 0.99
     for before, after in zip(errors(single), errors(ours), strict=True):
         assert after == pytest.approx(before, rel=0.05)
 

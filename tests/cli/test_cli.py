@@ -257,7 +257,7 @@ def test_ctrl_c_ends_a_real_process(place):
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert out == ""
     assert "run the same command again" in err
     assert "Traceback" not in err

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from quantlab_evals.machine import device_name
 
-from quantlab.checkpoint.on_device import placed
+from quantlab.checkpoint.on_device import DeviceSource
 from quantlab.checkpoint.resolve import Model, name_of, source_of
 from quantlab.engine import preflight
 from quantlab.engine.architecture import OUTSIDE, Architecture, describe
@@ -244,7 +244,7 @@ def compare(
             "add --set transforms=none"
         )
     variants = expand(grid, chosen.default)
-    source = placed(source_of(model), where)
+    source = DeviceSource(source_of(model), where)
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     names, selection = choose_layers(layers, blocks, architecture, skeleton)

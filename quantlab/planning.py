@@ -18,7 +18,7 @@ from quantlab.allocation.plan import Plan
 from quantlab.allocation.sensitivity import VERSION
 from quantlab.allocation.task import Task, Tell, as_variant, plan_candidates
 from quantlab.checkpoint.cache import cache_dir
-from quantlab.checkpoint.on_device import placed
+from quantlab.checkpoint.on_device import DeviceSource
 from quantlab.checkpoint.resolve import Model, name_of, source_of
 from quantlab.checkpoint.source import parameter_bytes
 from quantlab.devices import device_names
@@ -136,7 +136,7 @@ def prepare_planning(
             f"recipe {base.name!r} rewrites the model ({', '.join(base.transforms)}), and sensitivities are measured "
             "on it as it is; add --set transforms=none"
         )
-    source = placed(source_of(model), where)
+    source = DeviceSource(source_of(model), where)
     skeleton = source.skeleton()
     architecture = describe(skeleton)
     names = _taking_part(base, architecture, include)

@@ -43,12 +43,7 @@ QL_INLINE __m512 counted(const float *importance, int64_t first, __mmask16 there
 
 QL_INLINE float peak(const float *group, int64_t size) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i most = _mm512_setzero_si512();  // as integers magnitudes have the same order
-    for (int64_t k = 0; k < size; k += 16) {
-        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(size - k), group + k);
-        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(x), magnitude));
-    }
-    const __m512i largest = _mm512_set1_epi32(int(_mm512_reduce_max_epu32(most)));
+    const __m512i largest = _mm512_set1_epi32(int(largest_magnitude(group, QL_FLOAT32, 0, size)));
     for (int64_t k = 0; k < size; k += 16) {
         const __mmask16 there = first_lanes(size - k);
         const __m512i x = _mm512_castps_si512(_mm512_maskz_loadu_ps(there, group + k));
@@ -109,6 +104,22 @@ struct Search {
 
 QL_INLINE float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
+// Calls function(x, first, there, step, shift) for 16 weights of a row at a time: they begin at input `first`, and those of a
+// group share a scale and a zero.
+template <typename Function>
+QL_INLINE void for_scaled(const ql_groups &weight, int64_t n, const float *row, const Function &function) {
+    for (int64_t g = 0; g < weight.groups; g++) {
+        const int64_t at = scale_row(weight, n) + g;
+        const __m512 step = _mm512_set1_ps(weight.scales[at]);
+        const __m512 shift = _mm512_set1_ps(weight.zeros ? weight.zeros[at] : 0.0f);
+        for (int64_t k = 0; k < weight.size; k += 16) {
+            const __mmask16 there = first_lanes(weight.size - k);
+            const int64_t first = g * weight.size + k;
+            function(_mm512_maskz_loadu_ps(there, row + first), first, there, step, shift);
+        }
+    }
+}
+
 }  // namespace
 
 bool avx512_peaks(const ql_groups &weight, int64_t begin, int64_t end, float *peaks) {
@@ -154,24 +165,15 @@ bool avx512_search(const ql_groups &weight, const ql_grid &grid, const ql_search
 }
 
 bool avx512_nearest(const ql_groups &weight, const ql_grid &grid, int64_t begin, int64_t end, uint8_t *codes) {
-    const int64_t size = weight.size;
     Rows rows(weight);
     if (rows.failed()) return false;
     with_grid(grid, [&](const auto &rounding) {
         for (int64_t n = begin; n < end; n++) {
-            const float *row = rows[n];
-            for (int64_t g = 0; g < weight.groups; g++) {
-                const int64_t at = scale_row(weight, n) + g;
-                const __m512 step = _mm512_set1_ps(weight.scales[at]);
-                const __m512 shift = _mm512_set1_ps(weight.zeros ? weight.zeros[at] : 0.0f);
-                uint8_t *out = codes + (n * weight.groups + g) * size;
-                for (int64_t k = 0; k < size; k += 16) {
-                    const __mmask16 there = first_lanes(size - k);
-                    const __m512 x = _mm512_maskz_loadu_ps(there, row + g * size + k);
-                    const __m512i code = rounding.code(_mm512_add_ps(_mm512_div_ps(x, step), shift));
-                    _mm_mask_storeu_epi8(out + k, there, _mm512_cvtepi32_epi8(code));
-                }
-            }
+            uint8_t *out = codes + n * weight.groups * weight.size;
+            for_scaled(weight, n, rows[n], [&](__m512 x, int64_t first, __mmask16 there, __m512 step, __m512 shift) QL_INLINED {
+                const __m512i code = rounding.code(_mm512_add_ps(_mm512_div_ps(x, step), shift));
+                _mm_mask_storeu_epi8(out + first, there, _mm512_cvtepi32_epi8(code));
+            });
         }
     });
     return true;
@@ -179,31 +181,22 @@ bool avx512_nearest(const ql_groups &weight, const ql_grid &grid, int64_t begin,
 
 bool avx512_errors(const ql_groups &weight, const ql_grid &grid, const float *importance, const uint8_t *codes, int64_t begin,
                    int64_t end, float *errors, float *energies) {
-    const int64_t size = weight.size;
     Rows rows(weight);
     if (rows.failed()) return false;
     with_grid(grid, [&](const auto &rounding) {
         for (int64_t n = begin; n < end; n++) {
-            const float *row = rows[n];
+            const uint8_t *own = codes + n * weight.groups * weight.size;
             __m512 error = zero(), energy = zero();
-            for (int64_t g = 0; g < weight.groups; g++) {
-                const int64_t at = scale_row(weight, n) + g;
-                const __m512 step = _mm512_set1_ps(weight.scales[at]);
-                const __m512 shift = _mm512_set1_ps(weight.zeros ? weight.zeros[at] : 0.0f);
-                const uint8_t *own = codes + (n * weight.groups + g) * size;
-                for (int64_t k = 0; k < size; k += 16) {
-                    const __mmask16 there = first_lanes(size - k);
-                    const __m512 x = _mm512_maskz_loadu_ps(there, row + g * size + k);
-                    const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, own + k));
-                    const __m512 units = _mm512_sub_ps(rounding.value(code), shift);
-                    // Rounded as decoding rounds it: a compiler would fuse a plain product with the difference.
-                    const __m512 decoded = _mm512_mul_round_ps(units, step, _MM_FROUND_CUR_DIRECTION);
-                    const __m512 off = _mm512_maskz_sub_ps(there, x, decoded);
-                    const __m512 counts = counted(importance, g * size + k, there);
-                    error = _mm512_fmadd_ps(_mm512_mul_ps(off, off), counts, error);
-                    energy = _mm512_fmadd_ps(_mm512_mul_ps(x, x), counts, energy);
-                }
-            }
+            for_scaled(weight, n, rows[n], [&](__m512 x, int64_t first, __mmask16 there, __m512 step, __m512 shift) QL_INLINED {
+                const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, own + first));
+                const __m512 units = _mm512_sub_ps(rounding.value(code), shift);
+                // Rounded as decoding rounds it: a compiler would fuse a plain product with the difference.
+                const __m512 decoded = _mm512_mul_round_ps(units, step, _MM_FROUND_CUR_DIRECTION);
+                const __m512 off = _mm512_maskz_sub_ps(there, x, decoded);
+                const __m512 counts = counted(importance, first, there);
+                error = _mm512_fmadd_ps(_mm512_mul_ps(off, off), counts, error);
+                energy = _mm512_fmadd_ps(_mm512_mul_ps(x, x), counts, energy);
+            });
             errors[n] = _mm512_reduce_add_ps(error);
             energies[n] = _mm512_reduce_add_ps(energy);
         }

@@ -15,19 +15,8 @@ namespace {
 
 constexpr float kLeast = 1.17549435e-38f;  // the smallest scale that float32 holds with all its digits
 
-// The largest magnitude of a row; NaN where there is one.
-float largest(const void *x, int type, int64_t first, int64_t columns) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i most = _mm512_setzero_si512();  // as integers magnitudes have the same order, and NaN is above all others
-    for (int64_t k = 0; k < columns; k += 16) {
-        const __m512i bits = _mm512_castps_si512(load_floats(x, type, first + k, first_lanes(columns - k)));
-        most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
-    }
-    return bits_to_float(_mm512_reduce_max_epu32(most));
-}
-
 void round_row(const void *x, int type, int64_t first, int64_t columns, int8_t *out, float *scale) {
-    *scale = largest(x, type, first, columns) / 127.0f;
+    *scale = bits_to_float(largest_magnitude(x, type, first, columns)) / 127.0f;
     if (*scale < kLeast) *scale = 0.0f;
     if (!(*scale > 0.0f) || *scale > 3.0e38f) {  // zeros; not finite
         memset(out, 0, size_t(columns));

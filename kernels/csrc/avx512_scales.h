@@ -50,6 +50,17 @@ QL_INLINE __m512 load_floats(const void *data, int type, int64_t first, __mmask1
     }
 }
 
+// The bits of the largest magnitude of `count` numbers from `first` on; of NaN where there is one.
+QL_INLINE uint32_t largest_magnitude(const void *data, int type, int64_t first, int64_t count) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i most = _mm512_setzero_si512();  // as integers magnitudes have the same order, and NaN is above all others
+    for (int64_t k = 0; k < count; k += 16) {
+        const __m512i bits = _mm512_castps_si512(load_floats(data, type, first + k, first_lanes(count - k)));
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
+    }
+    return _mm512_reduce_max_epu32(most);
+}
+
 template <int TYPE>
 __attribute__((noinline)) void load_row(const void *data, int type, int64_t first, int64_t count, float *out) {
     for (int64_t i = 0; i < count; i += 16)

@@ -12,17 +12,12 @@ from quantlab.checkpoint.placement import assign, selected
 from quantlab.checkpoint.source import ModelSource, Select
 
 
-def placed(source: ModelSource, device: torch.device) -> ModelSource:
-    """The source with its weights on a device; on the CPU they are."""
-    return source if device.type == "cpu" else DeviceSource(source, device)
-
-
 class DeviceSource(ModelSource):
     """Another source's model on a device. Files are read on the CPU, a part at a time, as the other source reads them.
 
     Args:
-        source: the original.
-        device: where parameters and buffers are to be.
+        source: the original; a model in memory may be on another device than the one asked for.
+        device: where parameters and buffers are to be, the CPU included.
     """
 
     def __init__(self, source: ModelSource, device: torch.device) -> None:

@@ -7,6 +7,7 @@ which layers share an input is seen by running a few tokens and looking which la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -55,9 +56,14 @@ class Architecture:
         """The block that a parameter or module belongs to, or ``OUTSIDE``."""
         return self.block_of(parameter) or OUTSIDE
 
+    @cached_property
+    def _lists(self) -> frozenset[str]:
+        """The lists that the blocks are in: asked for with every parameter, at every block."""
+        return frozenset(block.rpartition(".")[0] for block in self.blocks)
+
     def block_of(self, parameter: str) -> str | None:
         """The block that a parameter or module belongs to, or None."""
-        for list_name in {block.rpartition(".")[0] for block in self.blocks}:
+        for list_name in self._lists:
             if parameter.startswith(list_name + "."):
                 index = parameter[len(list_name) + 1 :].partition(".")[0]
                 block = f"{list_name}.{index}"

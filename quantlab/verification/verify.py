@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from quantlab.checkpoint.gguf import cache_dir, cached_gguf, gguf_weights, import_gguf
+from quantlab.checkpoint.cache import cache_dir
+from quantlab.checkpoint.gguf import cached_gguf, gguf_weights, import_gguf
 from quantlab.checkpoint.native import QUANT_METHOD
 from quantlab.checkpoint.quantized import DIGEST, QuantizedFolder
 from quantlab.checkpoint.resolve import resolve
